@@ -1,0 +1,1 @@
+"""Tokens in, tokens out: scheduling, pages, device state, and the step loop."""

@@ -1,0 +1,53 @@
+"""Which tokens a request may draw next, as a bit mask. numpy only.
+
+Bit b of word w stands for token 32 w + b. The runner uploads the masks of constrained rows between
+forward and sample; a grammar will hand in its masks the same way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from lfm2_gpu.engine.request import Request
+
+__all__ = ["mask_words", "next_token_mask", "token_bits"]
+
+Words = npt.NDArray[np.int32]
+
+
+def mask_words(vocab_rows: int) -> int:
+    """int32 words of a mask over ``vocab_rows`` tokens."""
+    return -(-vocab_rows // 32)
+
+
+def token_bits(token_ids: Sequence[int] | npt.NDArray[np.int32], words: int) -> Words:
+    """A mask with the bits of ``token_ids`` set."""
+    flags = np.zeros(words * 32, np.bool_)
+    flags[np.asarray(token_ids, np.int64)] = True
+    return np.packbits(flags, bitorder="little").view(np.int32)
+
+
+def next_token_mask(request: Request, output: Sequence[int], words: int) -> Words | None:
+    """Tokens that ``request`` may draw after ``output``, or ``None`` if any will do.
+
+    Honours ``allowed_token_ids``, ``min_tokens`` (no stop token before) and ``bad_words`` (no last
+    token of a sequence whose other tokens were just drawn).
+    """
+    params = request.params
+    forbidden = [
+        bad[-1]
+        for bad in request.bad_words
+        if len(bad) == 1 or tuple(output[-(len(bad) - 1) :]) == bad[:-1]
+    ]
+    if len(output) < params.min_tokens:
+        forbidden += request.stop_ids
+    if params.allowed_token_ids is None and not forbidden:
+        return None
+    if params.allowed_token_ids is None:
+        mask = np.full(words, -1, np.int32)
+    else:
+        mask = token_bits(params.allowed_token_ids, words)
+    return mask & ~token_bits(forbidden, words)

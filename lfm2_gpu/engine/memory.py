@@ -1,0 +1,114 @@
+"""The memory plan: what an engine takes from its device, in one table, before any of it is taken."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+import torch
+
+from lfm2_gpu.config import ModelConfig
+from lfm2_gpu.engine.config import EngineConfig, pages_for
+from lfm2_gpu.engine.scheduler import PROMPT_LOGPROBS_CHUNK
+from lfm2_gpu.engine.state import state_bytes
+from lfm2_gpu.errors import CapacityError, InvalidRequest
+
+__all__ = ["free_bytes", "plan_engine"]
+
+logger = logging.getLogger(__name__)
+
+# a CPU engine shares its memory with everything else on the machine
+CPU_SHARE = 0.25
+
+
+def free_bytes(device: torch.device, utilization: float) -> int:
+    """Bytes of ``device`` that an engine may still take."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0] * utilization)
+    return int(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * CPU_SHARE)
+
+
+def plan_engine(
+    model: ModelConfig,
+    *,
+    dtype: torch.dtype,
+    budget: int,
+    max_model_len: int,
+    max_num_seqs: int,
+    max_num_batched_tokens: int,
+    vocab_size: int,
+    num_gpu_blocks_override: int | None = None,
+) -> EngineConfig:
+    """Size the pools for ``budget`` bytes that are free after the weights are loaded.
+
+    Pages go first to one request of ``max_model_len``, then up to what ``max_num_seqs`` of them
+    could fill. What does not fit is clamped, and a warning names the number.
+
+    Raises:
+        CapacityError: Not even a context of one page fits.
+        InvalidRequest: A size is not a positive integer.
+    """
+
+    def sized(num_pages: int, max_model_len: int) -> EngineConfig:
+        return EngineConfig(
+            max_model_len=max_model_len,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            num_pages=num_pages,
+            vocab_size=vocab_size,
+            eos_token_ids=model.eos_token_ids,
+        )
+
+    most = sized(max_num_seqs * pages_for(max_model_len), max_model_len)
+    if num_gpu_blocks_override is not None:
+        num_pages = num_gpu_blocks_override
+        if num_pages < 1:
+            raise InvalidRequest(
+                f"num_gpu_blocks_override is {num_pages}, want at least 1",
+                param="num_gpu_blocks_override",
+            )
+    else:
+        fixed = state_bytes(model, most, dtype)
+        page = fixed.pop("kv_pages") // (most.num_pages + 1)
+        working = activation_bytes(model, most, dtype)
+        # a model without attention keeps no pages; it still counts positions in them
+        room = (budget - working - sum(fixed.values())) // page if page else most.num_pages
+        num_pages = min(most.num_pages, room - 1)
+        logger.info(
+            "memory: %s, activations %s, %d KV pages of %s",
+            ", ".join(f"{name} {_gib(size)}" for name, size in fixed.items()),
+            _gib(working),
+            num_pages,
+            _gib(page),
+        )
+        if num_pages < 1:
+            raise CapacityError(
+                f"{_gib(budget)} are free and {_gib(budget - (room - 1) * page + page)} are needed "
+                f"for max_num_seqs {max_num_seqs} and max_num_batched_tokens "
+                f"{max_num_batched_tokens}: lower one of them"
+            )
+    if num_pages < pages_for(max_model_len):
+        fits = num_pages * 64
+        logger.warning("max_model_len %d -> clamped to %d, what the KV pages hold", max_model_len, fits)
+        max_model_len = fits
+    return sized(num_pages, max_model_len)
+
+
+def activation_bytes(model: ModelConfig, config: EngineConfig, dtype: torch.dtype) -> int:
+    """An upper estimate of what a step allocates on top of weights and state."""
+    heads = model.num_attention_heads + 2 * model.num_key_value_heads
+    widest = max(
+        3 * model.hidden_size,
+        heads * model.head_dim,
+        3 * model.intermediate_size,
+        model.num_experts_per_tok * (model.moe_intermediate_size + model.hidden_size),
+    )
+    tokens = config.max_num_batched_tokens
+    hidden = tokens * (widest + 4 * model.hidden_size) * dtype.itemsize
+    # logits in the model's dtype, processed in fp32, and one temporary of the finite check
+    rows = min(tokens, config.max_num_seqs) + PROMPT_LOGPROBS_CHUNK
+    return hidden + rows * model.vocab_size * (dtype.itemsize + 4 + 1)
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.3g} GiB"
