@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
+from typing import Any, NoReturn
 
 from lfm2_gpu.errors import InvalidRequest
 
@@ -243,10 +243,11 @@ class Usage:
 
     @property
     def total_tokens(self) -> int:
+        """Prompt and completion together."""
         return self.prompt_tokens + self.completion_tokens
 
 
-def _refuse(name: str, value: object, wanted: str) -> None:
+def _refuse(name: str, value: object, wanted: str) -> NoReturn:
     raise InvalidRequest(f"{name} is {value!r}, want {wanted}", param=name)
 
 
@@ -259,7 +260,7 @@ def _integer(name: str, value: object, low: int, high: int, *, optional: bool = 
 
 def _number(
     name: str,
-    value: object,
+    value: Any,
     low: float,
     high: float,
     *,
@@ -268,18 +269,16 @@ def _number(
 ) -> None:
     if value is None and optional:
         return
-    bracket = "(" if open_low else "["
-    wanted = f"a finite number in {bracket}{low}, {high}]"
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        _refuse(name, value, wanted)
-    elif not math.isfinite(value) or not low <= value <= high or (open_low and value == low):
-        _refuse(name, value, wanted)
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not math.isfinite(value) or not low <= value <= high:
+        _refuse(name, value, f"a finite number in [{low}, {high}]")
+    if open_low and value == low:
+        _refuse(name, value, f"a number above {low}")
 
 
 def _strings(name: str, values: object, most: int) -> tuple[str, ...]:
     if isinstance(values, str) or not isinstance(values, Sequence):
         _refuse(name, values, "a list of strings")
-    assert isinstance(values, Sequence)
     if len(values) > most:
         _refuse(name, f"{len(values)} strings", f"at most {most}")
     for value in values:
@@ -291,7 +290,6 @@ def _strings(name: str, values: object, most: int) -> tuple[str, ...]:
 def _token_ids(name: str, values: object) -> tuple[int, ...]:
     if isinstance(values, str) or not isinstance(values, Sequence):
         _refuse(name, values, "a list of token ids")
-    assert isinstance(values, Sequence)
     for value in values:
         _integer(name, value, 0, 2**31 - 1)
     return tuple(values)

@@ -1,8 +1,8 @@
 """A device that stores hashes where a GPU stores floats, and the oracle that needs no device.
 
 Each position's KV cell chains on the cell before it, read back through the real page table; each
-drawn token mixes the newest cell, one older cell, the conv ring and the slot's seed. A stale, swapped
-or freed-too-early page or slot changes the text, and there is no tolerance to hide in.
+drawn token mixes the newest cell, one older cell, the conv ring and the slot's seed. A stale,
+swapped or freed-too-early page or slot changes the text, and there is no tolerance to hide in.
 """
 
 from __future__ import annotations

@@ -23,6 +23,7 @@ class IdPool:
 
     @property
     def num_free(self) -> int:
+        """Ids that could be allocated now."""
         return len(self._free)
 
     def allocate(self, count: int) -> list[int]:

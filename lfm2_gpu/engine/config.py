@@ -18,7 +18,7 @@ class EngineConfig:
         max_num_seqs: Choices that run at once (state slots 1 to ``max_num_seqs``; 0 is the dummy).
         max_num_batched_tokens: Tokens of one step, over all requests.
         num_pages: KV pages of 64 tokens, the dummy page 0 not counted.
-        vocab_size: Ids at or above this are padding rows of the embedding: never drawn, never taken.
+        vocab_size: Ids from here on are padding rows of the embedding: never drawn, never taken.
         eos_token_ids: Tokens that end a choice unless it ignores them.
 
     Raises:

@@ -40,6 +40,7 @@ class Engine:
 
     @property
     def has_unfinished(self) -> bool:
+        """Whether ``step`` has anything left to do."""
         return self.scheduler.has_work
 
     def add(
@@ -63,7 +64,7 @@ class Engine:
             watched: Report every token as it is read, not only the end.
 
         Raises:
-            InvalidRequest: The prompt is empty, has an id out of range or is too long, or a field of
+            InvalidRequest: The prompt is empty, too long, or has an id out of range, or a field of
                 ``params`` does not fit this engine.
         """
         self._validate(prompt, params)

@@ -1,4 +1,4 @@
-"""The memory plan: what an engine takes from its device, in one table, before any of it is taken."""
+"""The memory plan: what an engine takes from its device, in one table, before it takes any."""
 
 from __future__ import annotations
 
@@ -89,7 +89,9 @@ def plan_engine(
             )
     if num_pages < pages_for(max_model_len):
         fits = num_pages * 64
-        logger.warning("max_model_len %d -> clamped to %d, what the KV pages hold", max_model_len, fits)
+        logger.warning(
+            "max_model_len %d -> clamped to %d, what the KV pages hold", max_model_len, fits
+        )
         max_model_len = fits
     return sized(num_pages, max_model_len)
 

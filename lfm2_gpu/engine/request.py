@@ -79,6 +79,7 @@ class Request:
 
     @property
     def num_tokens(self) -> int:
+        """Prompt and output together, as far as ``output`` is up to date."""
         return len(self.prompt) + len(self.output)
 
 

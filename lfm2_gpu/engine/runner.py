@@ -10,11 +10,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
-import lfm2_kernels as ops
 import numpy as np
 import numpy.typing as npt
 import torch
 
+import lfm2_kernels as ops
 from lfm2_gpu.engine.config import EngineConfig
 from lfm2_gpu.engine.constraints import mask_words, next_token_mask
 from lfm2_gpu.engine.request import Plan, TokenLogprobs
@@ -85,7 +85,7 @@ class Runner:
         staged = torch.from_numpy(np.concatenate(parts)).to(self._model.device, non_blocking=True)
         sizes = [len(part) for part in parts[:6]]
         sizes.append(len(staged) - sum(sizes))
-        host_ids, row_of, offset, query_start_loc, slots, lens, index = staged.split(sizes)
+        host_ids, row_of, offset, query_start_loc, slots, lens, index = torch.split(staged, sizes)
         slot = slots.long()
         token_slot = slot[row_of.long()]
         batch = ForwardBatch(
@@ -186,7 +186,7 @@ class Runner:
             counts.append(request.params.logprobs)
         if picked:
             index = torch.tensor(picked, device=logits.device)
-            entries = _token_logprobs(logits[index], tokens[index], counts)
+            entries = self._token_logprobs(logits[index], tokens[index], counts)
             rows = (int(sampling[i]) for i in picked)
             result.logprobs = dict(zip(rows, entries, strict=True))
 
@@ -208,11 +208,35 @@ class Runner:
                 device=logits.device,
             )
             rows = logits[start : start + len(positions)]
-            entries = _token_logprobs(rows, targets, [count] * len(positions))
+            entries = self._token_logprobs(rows, targets, [count] * len(positions))
             result.prompt_logprobs[row] = [
                 (position + 1, entry) for position, entry in zip(positions, entries, strict=True)
             ]
             start += len(positions)
+
+    def _token_logprobs(
+        self, logits: torch.Tensor, tokens: torch.Tensor, counts: list[int]
+    ) -> list[TokenLogprobs]:
+        """Raw log-probabilities of ``tokens`` and, row by row, of the ``counts`` most likely ones.
+
+        Padding rows of the vocabulary stand for no token: they have no part in the distribution.
+        """
+        logits = logits[:, : self.config.vocab_size].float()
+        chosen, ranks = ops.token_logprobs(logits, tokens)
+        values, ids = logits.topk(max(counts), dim=1)
+        log_sum = logits.logsumexp(dim=1, keepdim=True)
+        columns = (
+            tokens.tolist(),
+            chosen.tolist(),
+            ranks.tolist(),
+            ids.tolist(),
+            (values - log_sum).tolist(),
+            counts,
+        )
+        return [
+            TokenLogprobs(token, logprob, rank, tuple(top[:count]), tuple(top_values[:count]))
+            for token, logprob, rank, top, top_values, count in zip(*columns, strict=True)
+        ]
 
 
 def _prompt_logprob_rows(plan: Plan) -> dict[int, range]:
@@ -224,25 +248,3 @@ def _prompt_logprob_rows(plan: Plan) -> dict[int, range]:
         if request.params.prompt_logprobs is not None and start < stop:
             rows[row] = range(start, stop)
     return rows
-
-
-def _token_logprobs(
-    logits: torch.Tensor, tokens: torch.Tensor, counts: list[int]
-) -> list[TokenLogprobs]:
-    """Raw log-probabilities of ``tokens`` and, row by row, of the ``counts`` most likely ones."""
-    chosen, ranks = ops.token_logprobs(logits, tokens)
-    widest = max(counts)
-    values, ids = logits.float().topk(widest, dim=1)
-    log_sum = logits.float().logsumexp(dim=1, keepdim=True)
-    columns = (
-        tokens.tolist(),
-        chosen.tolist(),
-        ranks.tolist(),
-        ids.tolist(),
-        (values - log_sum).tolist(),
-        counts,
-    )
-    return [
-        TokenLogprobs(token, logprob, rank, tuple(top[:count]), tuple(top_values[:count]))
-        for token, logprob, rank, top, top_values, count in zip(*columns, strict=True)
-    ]

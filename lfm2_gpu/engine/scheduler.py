@@ -3,11 +3,11 @@
 A plan may be made while the step before it is still running: everything that a plan needs is known
 or predicted. Only the value of the last token is not, and that one stays on the device.
 
-Policy. Decoding rows come first, least recently scheduled first when the token budget is short
-(an eighth of it is then left to prefills); then prefills that have begun, in order of arrival; then the queue, first come first served. A
-request is admitted when pages for all its known tokens are free, so only decoding ever runs out of
-pages; then the youngest running request gives its pages back and is recomputed later. The oldest one
-always finishes, since any single request fits the pool.
+Policy. Decoding rows come first, least recently scheduled first when the token budget is short (an
+eighth of it is then left to prefills); then prefills that have begun, in order of arrival; then the
+queue, first come first served. A request is admitted when pages for all its known tokens are free,
+so only decoding ever runs out of pages; then the youngest running request gives its pages back and
+is recomputed later. The oldest one always finishes, since any single request fits the pool.
 """
 
 from __future__ import annotations
@@ -66,6 +66,7 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
+        """Whether a request waits, runs, or has a token in flight."""
         return bool(self.waiting or self.running or self._leaving)
 
     # ---- planning
@@ -227,6 +228,8 @@ class Scheduler:
                 touched += self._commit_leaver(int(serials[i]), int(tokens[i]))
             slots, tokens = slots[present], tokens[present]
         good = tokens >= 0
+        # their token is read, and not to be waited for
+        table.planned[slots[~good]] -= 1
         for slot in slots[~good].tolist():
             request = self.running[slot]
             self.abort(request, FinishReason.ERROR, "the model's logits are not finite")
@@ -308,5 +311,3 @@ class Scheduler:
         self.slots.free([slot])
         request.pages, request.slot = [], 0
         return in_flight
-
-

@@ -76,11 +76,12 @@ class SlotTable:
         self.watched[slot] = False
 
     def output_since(self, request: Request, start: int) -> list[int]:
-        """Tokens drawn and read so far, from the ``start``-th on, whether the request runs or not."""
+        """Tokens drawn and read so far, from the ``start``-th on, in any state of the request."""
         if request.slot == 0:
             return request.output[start:]
         first = len(request.prompt) + start
-        return self.tokens[request.slot, first : self.known[request.slot]].tolist()
+        tokens: list[int] = self.tokens[request.slot, first : self.known[request.slot]].tolist()
+        return tokens
 
 
 def needs_a_look(request: Request) -> bool:

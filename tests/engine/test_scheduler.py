@@ -7,8 +7,8 @@ from collections import deque
 
 import numpy as np
 import pytest
-from hash_device import HashDevice, expected_output
 
+from hash_device import HashDevice, expected_output
 from lfm2_gpu.api import FinishReason, RequestMetrics, SamplingParams
 from lfm2_gpu.engine.blocks import IdPool
 from lfm2_gpu.engine.config import PAGE_SIZE, EngineConfig, pages_for
@@ -239,6 +239,9 @@ def test_a_negative_token_ends_only_its_request() -> None:
     assert (bad.status, bad.finish_reason) == (Status.FINISHED, FinishReason.ERROR)
     assert bad.error is not None
     assert len(scheduler.running) == 2
+    for request in requests:
+        scheduler.abort(request, FinishReason.ABORT)
+    assert not scheduler.has_work
 
 
 def test_an_id_freed_twice_raises() -> None:

@@ -1,0 +1,425 @@
+"""LLM: text in, text out, offline. Joins loader, engine, tokenizer and chat template."""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from tqdm import tqdm
+
+from lfm2_gpu import assets
+from lfm2_gpu.api import (
+    CompletionOutput,
+    FinishReason,
+    RequestOutput,
+    SamplingParams,
+)
+from lfm2_gpu.chat import ChatTemplate
+from lfm2_gpu.devices import select_device
+from lfm2_gpu.engine.engine import Engine
+from lfm2_gpu.engine.memory import free_bytes, plan_engine
+from lfm2_gpu.engine.request import Request, Status, TokenLogprobs
+from lfm2_gpu.engine.runner import Runner
+from lfm2_gpu.errors import InvalidRequest
+from lfm2_gpu.files import read_json
+from lfm2_gpu.formats.hub import resolve
+from lfm2_gpu.loader import load_model
+from lfm2_gpu.output import ChoiceBuilder, LogprobEntry, bad_word_ids, logprob_dict
+from lfm2_gpu.tokenizer import Tokenizer
+from lfm2_gpu.vendor import sampling_defaults
+
+__all__ = ["LLM", "Prompt"]
+
+logger = logging.getLogger(__name__)
+
+Prompt: TypeAlias = "str | Mapping[str, Any]"
+Messages: TypeAlias = "Sequence[Mapping[str, Any]]"
+
+_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+class LLM:
+    """A model ready to generate.
+
+    Args:
+        model: A checkpoint directory, a hub id, or ``pocket``, the model that ships inside.
+        device: ``auto``, ``cuda`` or ``cpu``.
+        dtype: ``auto`` (the checkpoint's on a GPU, float32 on a CPU), ``bfloat16``, ``float16`` or
+            ``float32``.
+        max_model_len: Tokens of a request, prompt and output together. Default: the vendor's
+            context for the model.
+        max_num_seqs: Choices that run at once. Default: 256 on a GPU, 32 on a CPU.
+        max_num_batched_tokens: Tokens of one step. Default: 8,192 on a GPU, 512 on a CPU.
+        gpu_memory_utilization: Share of the free device memory to take.
+        num_gpu_blocks_override: KV pages of 64 tokens, instead of what fits.
+        seed: Requests without a seed draw theirs from it, in order of arrival.
+        revision: Of a hub id.
+        skip_tokenizer_init: Work on token ids only.
+
+    Raises:
+        InvalidRequest: An option is out of range.
+        ModelFileError: The checkpoint is damaged or of a kind that is not supported.
+        CapacityError: The device is too small.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        device: str = "auto",
+        dtype: str = "auto",
+        max_model_len: int | None = None,
+        max_num_seqs: int | None = None,
+        max_num_batched_tokens: int | None = None,
+        gpu_memory_utilization: float = 0.97,
+        num_gpu_blocks_override: int | None = None,
+        seed: int = 0,
+        revision: str | None = None,
+        skip_tokenizer_init: bool = False,
+    ) -> None:
+        if not 0 < gpu_memory_utilization <= 1:
+            raise InvalidRequest(
+                f"gpu_memory_utilization is {gpu_memory_utilization}, want (0, 1]",
+                param="gpu_memory_utilization",
+            )
+        target, message = select_device(device)
+        logger.info(message)
+        on_gpu = target.type == "cuda"
+        if model in assets.NAMES and not Path(model).exists():
+            folder = assets.path(model)
+        else:
+            folder = resolve(model, revision=revision)
+        self.tokenizer: Tokenizer | None = None
+        self._template: ChatTemplate | None = None
+        if not skip_tokenizer_init:
+            self.tokenizer = Tokenizer.from_dir(folder)
+            self._template = ChatTemplate.from_dir(folder)
+        loaded = load_model(
+            folder,
+            device=target,
+            dtype=_dtype(dtype, on_gpu),
+            max_model_len=max_model_len,
+        )
+        config = loaded.config
+        vocab_size = config.vocab_size
+        if self.tokenizer is not None:
+            vocab_size = min(vocab_size, self.tokenizer.vocab_size)
+        engine_config = plan_engine(
+            config,
+            dtype=loaded.dtype,
+            budget=free_bytes(target, gpu_memory_utilization),
+            max_model_len=max_model_len or config.default_max_model_len,
+            max_num_seqs=max_num_seqs or (256 if on_gpu else 32),
+            max_num_batched_tokens=max_num_batched_tokens or (8192 if on_gpu else 512),
+            vocab_size=vocab_size,
+            num_gpu_blocks_override=num_gpu_blocks_override,
+        )
+        generation = folder / "generation_config.json"
+        defaults = sampling_defaults(
+            config, model, read_json(generation) if generation.exists() else {}
+        )
+        self.model_config = config
+        self.default_sampling_params = SamplingParams().with_defaults(defaults)
+        self.engine = Engine(Runner(loaded, engine_config))
+        self._defaults = defaults
+        self._seeds = random.Random(seed)
+        self._count = 0
+        self._jobs: dict[int, _Job] = {}
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Complete prompts, all together.
+
+        Args:
+            prompts: Strings, or ``{"prompt_token_ids": [...]}``; one or many.
+            sampling_params: For all, or one for each.
+            use_tqdm: Show progress and tokens per second.
+
+        Returns:
+            One output for each prompt, in order.
+
+        Raises:
+            InvalidRequest: A prompt or a parameter cannot be honoured. Nothing is generated then.
+        """
+        many = [prompts] if isinstance(prompts, (str, Mapping)) else list(prompts)
+        encoded = [self._encode(prompt) for prompt in many]
+        return self._run(encoded, self._params_for(sampling_params, len(many)), use_tqdm)
+
+    def chat(
+        self,
+        messages: Messages | Sequence[Messages],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Answer conversations through the checkpoint's chat template.
+
+        Args:
+            messages: One conversation (a list of ``{"role", "content"}``), or a list of them.
+            sampling_params: For all, or one for each.
+            tools: JSON-schema tools that the model may call, as the OpenAI API lists them.
+            use_tqdm: Show progress and tokens per second.
+
+        Raises:
+            InvalidRequest: A message or parameter cannot be honoured.
+        """
+        one = bool(messages) and isinstance(messages[0], Mapping)
+        many: Sequence[Any] = [messages] if one else messages
+        encoded = [self._encode_chat(conversation, tools) for conversation in many]
+        return self._run(encoded, self._params_for(sampling_params, len(many)), use_tqdm)
+
+    def stream(
+        self,
+        prompt: Prompt | Messages,
+        sampling_params: SamplingParams | None = None,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> Iterator[RequestOutput]:
+        """Like ``generate`` or ``chat`` for one prompt, yielding the output so far as it grows.
+
+        Closing the iterator ends the request.
+        """
+        if isinstance(prompt, (str, Mapping)):
+            encoded = self._encode(prompt)
+        else:
+            encoded = self._encode_chat(prompt, tools)
+        (params,) = self._params_for(sampling_params, 1)
+        job = self._submit(encoded, params, watched=True)
+        try:
+            while not job.output.finished:
+                # a step taken for another stream moves this one too
+                while not job.moved:
+                    self._step()
+                job.moved = False
+                yield job.snapshot()
+        finally:
+            self._drop(job)
+
+    # ---- prompts to tokens
+
+    def _encode(self, prompt: Prompt) -> tuple[str | None, list[int]]:
+        if isinstance(prompt, str):
+            return prompt, self._need_tokenizer().encode(prompt, add_special_tokens=True)
+        unknown = sorted(set(prompt) - {"prompt_token_ids", "prompt"})
+        if unknown or "prompt_token_ids" not in prompt:
+            raise InvalidRequest(
+                f"prompt has the keys {sorted(prompt)}, want prompt_token_ids", param="prompt"
+            )
+        return prompt.get("prompt"), list(prompt["prompt_token_ids"])
+
+    def _encode_chat(
+        self, messages: Messages, tools: Sequence[Mapping[str, Any]] | None
+    ) -> tuple[str | None, list[int]]:
+        tokenizer = self._need_tokenizer()
+        assert self._template is not None
+        segments = self._template.render(messages, tools=tools)
+        text = "".join(piece for piece, _ in segments)
+        return text, tokenizer.encode_segments(segments)
+
+    def _need_tokenizer(self) -> Tokenizer:
+        if self.tokenizer is None:
+            raise InvalidRequest(
+                "the prompt is text and skip_tokenizer_init is set, want prompt_token_ids",
+                param="prompt",
+            )
+        return self.tokenizer
+
+    def _params_for(
+        self, params: SamplingParams | Sequence[SamplingParams] | None, count: int
+    ) -> list[SamplingParams]:
+        if params is None:
+            params = self.default_sampling_params
+        if isinstance(params, SamplingParams):
+            params = [params] * count
+        if len(params) != count:
+            raise InvalidRequest(
+                f"{len(params)} sampling_params for {count} prompts, want one for each",
+                param="sampling_params",
+            )
+        return [p.with_defaults(self._defaults) for p in params]
+
+    # ---- requests to outputs
+
+    def _submit(
+        self, encoded: tuple[str | None, list[int]], params: SamplingParams, *, watched: bool
+    ) -> _Job:
+        text, ids = encoded
+        if self.tokenizer is None and (params.stop or params.bad_words):
+            raise InvalidRequest(
+                "stop and bad_words are text and skip_tokenizer_init is set, want stop_token_ids",
+                param="stop" if params.stop else "bad_words",
+            )
+        bad_words = bad_word_ids(params.bad_words, self.tokenizer) if self.tokenizer else []
+        seed = self._seeds.getrandbits(63) if params.seed is None else params.seed
+        self._count += 1
+        request_id = str(self._count)
+        requests = self.engine.add(
+            request_id,
+            ids,
+            params,
+            seed=seed,
+            bad_words=bad_words,
+            watched=watched or bool(params.stop),
+        )
+        builders = [ChoiceBuilder(r.index, params, self.tokenizer) for r in requests]
+        output = RequestOutput(
+            request_id=request_id,
+            prompt=text,
+            prompt_token_ids=ids,
+            outputs=[builder.output for builder in builders],
+            finished=False,
+            seed=seed,
+        )
+        job = _Job(requests, builders, output, self.tokenizer)
+        self._jobs.update((id(request), job) for request in requests)
+        return job
+
+    def _drop(self, job: _Job) -> None:
+        """Forget a job; what still runs of it ends."""
+        self.engine.abort(job.requests)
+        for request in job.requests:
+            del self._jobs[id(request)]
+
+    def _run(
+        self,
+        encoded: Sequence[tuple[str | None, list[int]]],
+        params: Sequence[SamplingParams],
+        use_tqdm: bool,
+    ) -> list[RequestOutput]:
+        jobs: list[_Job] = []
+        try:
+            for item, p in zip(encoded, params, strict=True):
+                jobs.append(self._submit(item, p, watched=False))
+            with _Progress(len(jobs), enabled=use_tqdm) as progress:
+                waiting = set(jobs)
+                while waiting:
+                    # an open stream may move in these steps too, and end
+                    for job in waiting.intersection(self._step()):
+                        waiting.remove(job)
+                        progress.add(job.output)
+        finally:
+            # a refused prompt or an interrupt leaves nothing behind
+            for job in jobs:
+                self._drop(job)
+        return [job.output for job in jobs]
+
+    def _step(self) -> list[_Job]:
+        """One engine step; the jobs that it finished."""
+        finished = []
+        for request in self.engine.step():
+            job = self._jobs[id(request)]
+            if not job.output.finished:
+                job.advance(request, self.engine)
+                if job.output.finished:
+                    finished.append(job)
+        return finished
+
+
+@dataclass(slots=True, eq=False)
+class _Job:
+    """A request of the caller: its choices in the engine and the output they grow into.
+
+    ``moved`` is set when the output grew, and cleared by whoever has looked at it.
+    """
+
+    requests: list[Request]
+    builders: list[ChoiceBuilder]
+    output: RequestOutput
+    tokenizer: Tokenizer | None
+    moved: bool = False
+
+    def advance(self, request: Request, engine: Engine) -> None:
+        """Take over what ``request`` has drawn since the last time."""
+        builder = self.builders[request.index]
+        choice = builder.output
+        if choice.finish_reason is not None:
+            return
+        self.moved = True
+        have = len(choice.token_ids)
+        tokens = engine.output_since(request, have)
+        ended = request.status is Status.FINISHED
+        stopped = ended and request.finish_reason is FinishReason.STOP
+        stop = builder.add(tokens[:-1] if stopped else tokens)
+        if stop is not None:
+            engine.abort([request], FinishReason.STOP)
+            builder.finish(FinishReason.STOP, stop)
+        elif ended:
+            assert request.finish_reason is not None
+            end_token = tokens[-1] if stopped else None
+            builder.finish(request.finish_reason, request.stop_reason, end_token)
+        builder.add_logprobs(_entry(e) for e in request.logprobs[have : len(choice.token_ids)])
+        if request.index == 0 and request.params.prompt_logprobs is not None:
+            self._take_prompt_logprobs(request)
+        self.output.finished = all(b.output.finish_reason is not None for b in self.builders)
+        self.output.error = self.output.error or request.error
+        self.output.metrics = self.requests[0].metrics
+
+    def _take_prompt_logprobs(self, request: Request) -> None:
+        if self.output.prompt_logprobs is None:
+            self.output.prompt_logprobs = [None] + [
+                logprob_dict(_entry(entry), self.tokenizer) for entry in request.prompt_logprobs
+            ]
+
+    def snapshot(self) -> RequestOutput:
+        """A copy that later steps do not change."""
+        outputs = [_copy(builder.output) for builder in self.builders]
+        return replace(self.output, outputs=outputs)
+
+
+class _Progress:
+    """vLLM's progress bar: requests done, and tokens per second in and out."""
+
+    def __init__(self, total: int, *, enabled: bool) -> None:
+        self._input = self._output = 0
+        self._start = time.monotonic()
+        self._bar = tqdm(
+            total=total, desc="Processed prompts", disable=not enabled, dynamic_ncols=True
+        )
+
+    def __enter__(self) -> _Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def add(self, output: RequestOutput) -> None:
+        self._input += len(output.prompt_token_ids)
+        self._output += sum(len(choice.token_ids) for choice in output.outputs)
+        seconds = max(time.monotonic() - self._start, 1e-9)
+        self._bar.set_postfix_str(
+            f"est. speed input: {self._input / seconds:.2f} toks/s, "
+            f"output: {self._output / seconds:.2f} toks/s",
+            refresh=False,
+        )
+        self._bar.update()
+
+
+def _entry(entry: TokenLogprobs) -> LogprobEntry:
+    return entry.token_id, entry.logprob, entry.rank, entry.top_ids, entry.top_logprobs
+
+
+def _copy(choice: CompletionOutput) -> CompletionOutput:
+    logprobs = None if choice.logprobs is None else list(choice.logprobs)
+    return replace(choice, token_ids=list(choice.token_ids), logprobs=logprobs)
+
+
+def _dtype(name: str, on_gpu: bool) -> torch.dtype | None:
+    """The dtype to run in; ``None`` is the checkpoint's own."""
+    if name == "auto":
+        # CPUs without bf16 units are slow in it, and fp32 is the more exact one
+        return None if on_gpu else torch.float32
+    if name not in _DTYPES:
+        raise InvalidRequest(f"dtype is {name!r}, want auto, {', '.join(_DTYPES)}", param="dtype")
+    return _DTYPES[name]
