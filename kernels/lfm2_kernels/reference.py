@@ -1,8 +1,9 @@
 """Every op as plain torch: the specification, the CPU path, and the oracle of every test.
 
-Each function takes what its Triton twin takes and rounds where it rounds: to the activation dtype at
-the points where transformers (>= 5.23, eager) rounds, fp32 in between. In fp32 nothing rounds, so the
-two agree to the order of sums. State tensors (``kv_pages``, ``conv_state``) are written in place.
+Each function takes what its Triton twin takes and rounds where it rounds: to the activation dtype
+at the points where transformers (>= 5.23, eager) rounds, fp32 in between. In fp32 nothing rounds,
+so the two agree to the order of sums. State tensors (``kv_pages``, ``conv_state``) are written in
+place.
 
 Batch metadata, the same for every op (``N`` tokens of ``R`` rows, ``S`` slots)::
 
@@ -10,7 +11,7 @@ Batch metadata, the same for every op (``N`` tokens of ``R`` rows, ``S`` slots):
     token_rows       [N] int32      the row that a token belongs to
     query_start_loc  [R + 1] int32  row r owns tokens query_start_loc[r] : query_start_loc[r + 1]
     slots            [R] int32      the state slot of a row; slot 0 is the dummy
-    page_table       [S, P] int32   page of positions 64 p .. 64 p + 63 of a slot; page 0 is the dummy
+    page_table       [S, P] int32   page of positions 64 p .. 64 p + 63 of a slot; page 0: dummy
     first_computed   [S] int32      conv inputs before this position read as zero
     kv_write_from    [S] int32      keys and values before this position are not written
 """
@@ -358,6 +359,32 @@ def process_logits(
     return h - presence_penalty[slot][:, None] * (count > 0)
 
 
+def update_seen(
+    tokens: torch.Tensor,
+    seen: torch.Tensor,
+    counts: torch.Tensor,
+    *,
+    slots: torch.Tensor,
+    positions: torch.Tensor,
+    dense_rows: torch.Tensor,
+) -> None:
+    live = (slots > 0) & (positions >= 0)
+    slot, token = slots[live].long(), tokens[live]
+    seen[slot, token.long() // 32] |= 1 << (token % 32)
+    dense = dense_rows[slot].long()
+    # dense row 0 is shared by all slots that have none: it stays zero
+    counted = dense > 0
+    counts[dense[counted], token[counted].long()] += 1
+
+
+def token_logprobs(logits: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    h = logits.float()
+    chosen = h.gather(1, ids.long()[:, None])
+    logprobs = chosen - h.logsumexp(dim=-1, keepdim=True)
+    ranks = 1 + (h > chosen).sum(dim=-1)
+    return logprobs[:, 0], ranks.to(torch.int32)
+
+
 def sample(
     logits: torch.Tensor,
     *,
@@ -376,6 +403,9 @@ def sample(
         s = int(slot[row])
         # divided, not multiplied by the inverse: the kernel divides, and bits must agree
         h = logits[row] / temperature[s]
+        if not h.max().isfinite():
+            # no distribution: any token will do, the caller reports the row
+            continue
         kept = _survivors(h, int(top_k[s]), float(top_p[s]), float(min_p[s]))
         race = h[kept] - exponential_race(kept, int(positions[row]), int(choices[s]), int(seeds[s]))
         out[row] = kept[race.argmax()]
