@@ -99,7 +99,7 @@ class LLM:
         self._template: ChatTemplate | None = None
         if not skip_tokenizer_init:
             self.tokenizer = Tokenizer.from_dir(folder)
-            self._template = ChatTemplate.from_dir(folder)
+            self._template = ChatTemplate.from_dir(folder, self.tokenizer, name=model)
         loaded = load_model(
             folder,
             device=target,
@@ -198,11 +198,12 @@ class LLM:
         (params,) = self._params_for(sampling_params, 1)
         job = self._submit(encoded, params, watched=True)
         try:
-            while not job.output.finished:
-                # a step taken for another stream moves this one too
+            finished = False
+            while not finished:
+                # a step taken for another caller moves this one too, maybe to its end
                 while not job.moved:
                     self._step()
-                job.moved = False
+                job.moved, finished = False, job.output.finished
                 yield job.snapshot()
         finally:
             self._drop(job)
