@@ -12,12 +12,12 @@ import torch
 import tiny_engine as tiny
 from tiny_engine import params, prompts
 
-WANTED = params(max_tokens=4, temperature=0.7, top_k=20, repetition_penalty=1.1)
+WANTED = params(max_tokens=3, temperature=0.7, top_k=20, repetition_penalty=1.1)
 
 
 def generate() -> tuple[list[list[int]], int]:
-    engine = tiny.tiny_engine(max_num_batched_tokens=24, num_pages=7, max_num_seqs=4)
-    many = prompts(4, seed=2, longest=30)
+    engine = tiny.tiny_engine(max_num_batched_tokens=24, num_pages=7, max_num_seqs=3)
+    many = prompts(3, seed=2, longest=24)
     requests = [engine.add(str(i), p, WANTED, seed=i)[0] for i, p in enumerate(many)]
     tiny.finish(engine)
     return [r.output for r in requests], engine.stats.num_steps
@@ -25,8 +25,8 @@ def generate() -> tuple[list[list[int]], int]:
 
 def test_kernels_and_reference_generate_the_same_tokens(request: pytest.FixtureRequest) -> None:
     want, steps = generate()
-    assert steps > 5
-    assert len({tuple(o) for o in want}) == 4
+    assert steps > 3
+    assert len({tuple(o) for o in want}) == 3
     request.getfixturevalue("interpreted")
     got, _ = generate()
     assert got == want
