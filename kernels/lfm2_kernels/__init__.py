@@ -13,6 +13,7 @@ from .qk_norm_rope import qk_norm_rope
 from .reference import PAGE_SIZE, rope_table
 from .rmsnorm import add_rmsnorm, rmsnorm
 from .router import route
+from .sampling import sample, token_logprobs
 from .short_conv import short_conv_decode, short_conv_prefill
 from .swiglu import swiglu
 
@@ -32,9 +33,11 @@ __all__ = [
     "rmsnorm",
     "rope_table",
     "route",
+    "sample",
     "short_conv_decode",
     "short_conv_prefill",
     "sort_tokens",
     "swiglu",
+    "token_logprobs",
     "update_seen",
 ]

@@ -191,10 +191,11 @@ def dequantize(packed: PackedTensor, dtype: torch.dtype = torch.float32) -> torc
     else:
         values = codes.float()
     # fp32 holds the product of an 11-bit scale and an 8-bit code exactly
-    values = values.unflatten(-1, (-1, layout.group)) * packed.scales.float()[..., None]
+    grouped: torch.Tensor = values.unflatten(-1, (-1, layout.group))
+    grouped = grouped * packed.scales.float()[..., None]
     if packed.biases is not None:
-        values = values + packed.biases.float()[..., None]
-    return values.flatten(-2).to(dtype)
+        grouped = grouped + packed.biases.float()[..., None]
+    return grouped.flatten(-2).to(dtype)
 
 
 def matmul(x: torch.Tensor, packed: PackedTensor) -> torch.Tensor:

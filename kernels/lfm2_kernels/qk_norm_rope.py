@@ -36,7 +36,7 @@ __all__ = ["qk_norm_rope"]
 
 _MIN_D, _MAX_D = 16, 128
 # slices of packed step buffers: their alignment changes from step to step and must not recompile
-_METADATA = ("positions_ptr", "rows_ptr", "slots_ptr", "write_from_ptr")
+_METADATA = ("positions_ptr", "rows_ptr", "slots_ptr", "table_ptr", "write_from_ptr")
 
 
 class QKNormRopeConfig(NamedTuple):

@@ -127,8 +127,7 @@ def _find_floor_kernel(
     top_p = tl.load(top_p_ptr + slot)
     min_p = tl.load(min_p_ptr + slot)
     row_ptr = logits_ptr + pid_r * stride_logits_r
-    lowest = tl.full([], float("-inf"), dtype=tl.float32)
-    tl.store(floors_ptr + pid_r, lowest)
+    key = _to_key(tl.full([], float("-inf"), dtype=tl.float32))
     if (temperature > 0) & ((top_k > 0) | (top_p < 1) | (min_p > 0)):
         offs_v = tl.arange(0, BLOCK_V)
         lanes = tl.full([BLOCK_V], float("-inf"), dtype=tl.float32)
@@ -138,7 +137,6 @@ def _find_floor_kernel(
         lanes = tl.div_rn(lanes, tl.broadcast_to(temperature, [BLOCK_V]))
         top = tl.max(lanes)
         if (top > float("-inf")) & (top < float("inf")):
-            key = _to_key(lowest)
             if min_p > 0:
                 # h >= top + log(min_p) is h > the number below
                 key = tl.maximum(key, _to_key(top + tl.log(min_p)) - 1)
@@ -149,7 +147,7 @@ def _find_floor_kernel(
                 _, mass = _weigh(row_ptr, temperature, top, key, V, True, BLOCK_V)
                 target = top_p * mass
                 key = _raise_floor(row_ptr, temperature, top, lanes, key, target, V, True, BLOCK_V)
-            tl.store(floors_ptr + pid_r, _from_key(key))
+    tl.store(floors_ptr + pid_r, _from_key(key))
 
 
 @triton.jit

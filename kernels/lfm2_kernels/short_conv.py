@@ -138,9 +138,8 @@ def _short_conv_prefill_kernel(
     c = tl.load(bcx_ptrs + H, mask=mask, other=0.0).to(tl.float32)
     y = c * acc.to(y_ptr.dtype.element_ty).to(tl.float32)
     y_ptrs = y_ptr + offs_n[:, None] * stride_y_n + offs_h[None, :]
-    # 0 in padding rows whatever the bias is: 0 * acc could still be -0 or NaN
-    y = tl.where(live[:, None], y, 0.0).to(y_ptr.dtype.element_ty)
-    tl.store(y_ptrs, y, mask=mask_n[:, None] & mask_h[None, :])
+    # C was not loaded for padding tokens: they store 0
+    tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=mask_n[:, None] & mask_h[None, :])
 
 
 @triton.jit(do_not_specialize_on_alignment=_METADATA)

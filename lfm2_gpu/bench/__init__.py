@@ -1,0 +1,1 @@
+"""Measuring: what kernels take from a GPU, and later how long they run."""

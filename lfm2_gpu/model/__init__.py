@@ -1,0 +1,1 @@
+"""The model graph over ``lfm2_kernels``. Knows kernels, not files."""

@@ -1,0 +1,5 @@
+"""Shim for tools that run ``setup.py``; everything is declared in ``pyproject.toml``."""
+
+from setuptools import setup
+
+setup()

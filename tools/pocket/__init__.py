@@ -1,0 +1,1 @@
+"""How the pocket LFM2-MoE was made: data, tokenizer, training, evaluation and model card."""
