@@ -134,8 +134,7 @@ def _install_numerics() -> None:
     def cast(self: Any, src: TensorHandle, dst_type: Any, rounding: Any = None) -> TensorHandle:
         if rounding == base._ir.ROUNDING_MODE.RTZ:
             raise NotImplementedError("the interpreter shim rounds to nearest even only")
-        # a comparison keeps the type of its operands: its result is bool, not bits
-        values = src.data if src.data.dtype == np.bool_ else _decode(src.data, src.dtype.scalar)
+        values = _decode(src.data, src.dtype.scalar)
         return TensorHandle(_encode(values, dst_type.scalar), dst_type.scalar)
 
     def wide_dot(self: Any, a: TensorHandle, b: TensorHandle, d: TensorHandle, *rest: Any) -> Any:

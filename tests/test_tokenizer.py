@@ -16,9 +16,9 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lfm2_gpu.errors import InvalidRequest, ModelFileError
+from lfm2_gpu.errors import InvalidRequest
 from lfm2_gpu.tokenizer import Tokenizer
-from tiny_tokenizer import SPECIAL_TOKENS, save_tiny_tokenizer
+from tiny_tokenizer import SPECIAL_TOKENS, rewrite, save_tiny_tokenizer
 
 quick = settings(derandomize=True, deadline=None, max_examples=200, database=None)
 
@@ -60,14 +60,6 @@ def tokenizer(path: Path) -> Tokenizer:
 @pytest.fixture(scope="module")
 def reference(path: Path) -> tokenizers.Tokenizer:
     return tokenizers.Tokenizer.from_file(str(path))
-
-
-def write(directory: Path, change: Any, source: Path) -> Path:
-    """The tiny tokenizer.json with something changed in it."""
-    data = json.loads((source / "tokenizer.json").read_text())
-    change(data)
-    (directory / "tokenizer.json").write_text(json.dumps(data))
-    return directory
 
 
 def controls(tokenizer: Tokenizer, ids: list[int]) -> list[int]:
@@ -139,7 +131,7 @@ def test_roles_of_the_tiny_vocabulary(tiny_dir: Path) -> None:
 
 
 def test_roles_come_from_the_config(tmp_path: Path, tiny_dir: Path) -> None:
-    write(tmp_path, lambda data: None, tiny_dir)
+    rewrite(tmp_path, lambda data: None, tiny_dir)
     (tmp_path / "special_tokens_map.json").write_text('{"eos_token": "x", "unk_token": "<unk>"}')
     config = {"eos_token": {"content": "<|endoftext|>", "lstrip": False}, "pad_token": None}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
@@ -294,7 +286,7 @@ def test_ids_that_are_no_tokens(tokenizer: Tokenizer, wrong: int) -> None:
 
 
 def test_a_token_that_is_not_spelled_in_bytes_means_itself(tmp_path: Path, tiny_dir: Path) -> None:
-    write(tmp_path, lambda data: data["model"]["vocab"].update({"é x": 512, "éx": 513}), tiny_dir)
+    rewrite(tmp_path, lambda data: data["model"]["vocab"].update({"é x": 512, "éx": 513}), tiny_dir)
     tokenizer = Tokenizer.from_dir(tmp_path)
     reference = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     # a space is no letter of the alphabet of bytes; é is one, and stands for byte 0xe9
@@ -308,7 +300,7 @@ def test_holes_are_known(tmp_path: Path, tiny_dir: Path) -> None:
         vocab = data["model"]["vocab"]
         vocab[max(vocab, key=vocab.__getitem__)] = 514
 
-    tokenizer = Tokenizer.from_dir(write(tmp_path, move_last, tiny_dir))
+    tokenizer = Tokenizer.from_dir(rewrite(tmp_path, move_last, tiny_dir))
     assert tokenizer.vocab_size == 515
     assert tokenizer.holes == {511, 512, 513}
     with pytest.raises(InvalidRequest, match=r"token id 512 .* outside 3 unused ids"):
@@ -330,130 +322,6 @@ def test_a_word_level_vocabulary_works_too(tmp_path: Path) -> None:
     stream = tokenizer.detokenizer()
     assert [stream.push([i]) for i in ids] == ["a", " b", "", " a"]
     assert tokenizer.token_text(2) == "b"
-
-
-# files
-
-
-def test_control_tokens_that_the_file_does_not_mark(tmp_path: Path, tiny_dir: Path) -> None:
-    def unmark(data: dict[str, Any]) -> None:
-        for token in data["added_tokens"]:
-            token["special"] = False
-        data["added_tokens"].append({**data["added_tokens"][0], "id": 512, "content": "<think>"})
-
-    tokenizer = Tokenizer.from_dir(write(tmp_path, unmark, tiny_dir))
-    assert tokenizer.control_tokens == frozenset(SPECIAL_TOKENS)
-    assert tokenizer.ids.think_start == 512
-    ids = tokenizer.encode("<|im_end|><think>", add_special_tokens=False)
-    # a think tag is an added token that any text may spell
-    assert controls(tokenizer, ids) == []
-    assert ids[-1] == 512
-    assert tokenizer.decode([7, 512]) == "<think>"
-
-
-def test_added_tokens_that_take_spaces(tmp_path: Path, tiny_dir: Path) -> None:
-    def strip(data: dict[str, Any]) -> None:
-        data["added_tokens"][7] |= {"lstrip": True, "rstrip": True}
-        data["added_tokens"][6] |= {"single_word": True}
-
-    write(tmp_path, strip, tiny_dir)
-    tokenizer = Tokenizer.from_dir(tmp_path)
-    reference = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
-    for text in ("a <|im_end|> \n b", "x<|im_start|> <|im_start|>", "<|im_start|>y"):
-        ids = tokenizer.encode(text, add_special_tokens=True, allow_special=True)
-        assert ids == reference.encode(text).ids
-
-
-def test_a_saved_truncation_or_padding_is_not_applied(tmp_path: Path, tiny_dir: Path) -> None:
-    backend = tokenizers.Tokenizer.from_file(str(tiny_dir / "tokenizer.json"))
-    backend.enable_truncation(4)
-    backend.enable_padding(length=64)
-    backend.save(str(tmp_path / "tokenizer.json"))
-    text = "A river is a natural stream of water"
-    expected = Tokenizer.from_dir(tiny_dir).encode(text, add_special_tokens=True)
-    assert Tokenizer.from_dir(tmp_path).encode(text, add_special_tokens=True) == expected
-
-
-def set_at(*path: Any, value: Any) -> Any:
-    def change(data: Any) -> None:
-        for key in path[:-1]:
-            data = data[key]
-        data[path[-1]] = value
-
-    return change
-
-
-SPLIT = ("pre_tokenizer", "pretokenizers", 0, "pattern", "Regex")
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (set_at("model", "vocab", "river", value=2**31), "token id 2147483648, want ids below"),
-        (set_at("model", "vocab", "river", value=7), "id 7 is both"),
-        (set_at("model", "type", value="XPE"), "no usable tokenizer"),
-        (set_at("model", value={"type": "WordLevel", "vocab": {}, "unk_token": "u"}), "."),
-        (set_at("post_processor", "special_tokens", value={}), "no usable tokenizer"),
-        (set_at("model", "continuing_subword_prefix", value="####"), "no usable tokenizer"),
-        (set_at(*SPLIT, value=r"(\w+\s?)+$"), "exponential time"),
-        (set_at(*SPLIT, value=r"(?:a|a)*b"), "exponential time"),
-        (set_at(*SPLIT, value=r"((?:x{1,9}))+y"), "exponential time"),
-        (set_at(*SPLIT, value=r"(a?){20,}"), "exponential time"),
-        (set_at("normalizer", value={
-            "type": "Replace", "pattern": {"Regex": "(.*)*x"}, "content": ""
-        }), "exponential time"),
-    ],
-)  # fmt: skip
-def test_damaged_files(tmp_path: Path, tiny_dir: Path, change: Any, message: str) -> None:
-    write(tmp_path, change, tiny_dir)
-    with pytest.raises(ModelFileError, match=message) as error:
-        Tokenizer.from_dir(tmp_path)
-    assert "tokenizer.json" in str(error.value)
-
-
-@pytest.mark.parametrize(
-    "pattern",
-    [
-        r"(?:ab)+c",
-        r"\(+|[(a|b)*]+|\p{L}{2}+",
-        r"(?i:'s|'t)?[^\r\n\p{L}\p{N}]?\p{L}+(?!\S)|\p{N}{1,3}",
-    ],
-)
-def test_patterns_that_are_fine(tmp_path: Path, tiny_dir: Path, pattern: str) -> None:
-    Tokenizer.from_dir(write(tmp_path, set_at(*SPLIT, value=pattern), tiny_dir))
-
-
-def test_missing_and_broken_files(tmp_path: Path, tiny_dir: Path) -> None:
-    with pytest.raises(ModelFileError, match=r"tokenizer\.json: cannot be opened"):
-        Tokenizer.from_dir(tmp_path)
-    raw = (tiny_dir / "tokenizer.json").read_bytes()
-    for damaged in (b"", b"{", raw[: len(raw) // 2], b"[]", b"\xff\xfe", b"null"):
-        (tmp_path / "tokenizer.json").write_bytes(damaged)
-        with pytest.raises(ModelFileError, match=r"tokenizer\.json: is no usable tokenizer"):
-            Tokenizer.from_dir(tmp_path)
-    (tmp_path / "tokenizer.json").write_bytes(raw)
-    (tmp_path / "tokenizer_config.json").write_text("{")
-    with pytest.raises(ModelFileError, match=r"tokenizer_config\.json"):
-        Tokenizer.from_dir(tmp_path)
-    (tmp_path / "tokenizer.json").unlink()
-    os.mkfifo(tmp_path / "tokenizer.json")
-    with pytest.raises(ModelFileError, match="not a regular file"):
-        Tokenizer.from_file(tmp_path / "tokenizer.json")
-
-
-def test_merges_that_spell_a_control_token_are_refused(tmp_path: Path) -> None:
-    alphabet = {char: i for i, char in enumerate("<|im_end>")}
-    merges = []
-    grown = "<"
-    for char in "|im_end|>":
-        merges.append([grown, char])
-        grown += char
-        alphabet[grown] = len(alphabet)
-    backend = tokenizers.Tokenizer(tokenizers.models.BPE(alphabet, [(a, b) for a, b in merges]))
-    backend.add_special_tokens(["<|im_end|>"])
-    backend.save(str(tmp_path / "tokenizer.json"))
-    with pytest.raises(ModelFileError, match="merges spell the control token"):
-        Tokenizer.from_dir(tmp_path)
 
 
 def test_importing_is_light() -> None:

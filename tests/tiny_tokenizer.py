@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import itertools
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from tokenizers import (
     AddedToken,
@@ -108,3 +110,11 @@ def _trained(vocab_size: int) -> str:
         single="<|startoftext|> $A", special_tokens=[("<|startoftext|>", 1)]
     )
     return tokenizer.to_str()
+
+
+def rewrite(directory: Path, change: Callable[[dict[str, Any]], object], source: Path) -> Path:
+    """Save the tokenizer.json of ``source`` in ``directory`` with something changed in it."""
+    data = json.loads((source / "tokenizer.json").read_text(encoding="utf-8"))
+    change(data)
+    (directory / "tokenizer.json").write_text(json.dumps(data), encoding="utf-8")
+    return directory

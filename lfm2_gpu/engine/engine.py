@@ -130,12 +130,20 @@ class Engine:
 
         Returns:
             The requests that ended, and the watched ones that got a token.
+
+        Raises:
+            Exception: Whatever the device raised. The step's requests are then recomputed from
+                their tokens by the next steps, unless the caller aborts them.
         """
         plan = self.scheduler.schedule()
         if plan is None:
             return []
         self._note_scheduled(plan)
-        result = self._runner.run(plan, self.scheduler.table)
+        try:
+            result = self._runner.run(plan, self.scheduler.table)
+        except BaseException:
+            self.scheduler.recompute(plan)
+            raise
         return self._commit(plan, result)
 
     def _note_scheduled(self, plan: Plan) -> None:

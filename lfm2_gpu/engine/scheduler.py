@@ -246,6 +246,16 @@ class Scheduler:
             touched.append(request)
         return touched
 
+    def recompute(self, plan: Plan) -> None:
+        """Take back a step that failed: what its rows hold on the device is not to be trusted."""
+        rows = zip(plan.serials.tolist(), plan.slots.tolist(), strict=True)
+        # youngest first: each goes to the head of the queue
+        for serial, slot in sorted(rows, reverse=True):
+            if self.table.serial[slot] == serial:
+                # the token that the step would have drawn will not come
+                self.table.planned[slot] = self.table.known[slot]
+                self._preempt(self.running[slot])
+
     def _end_if_done(self, request: Request, token: int, length: int) -> bool:
         """End a request whose newest token is a stop token or fills it; say whether it did."""
         if token in request.stop_ids:

@@ -212,6 +212,30 @@ def test_a_request_with_broken_numbers_ends_alone() -> None:
     assert after.output == outputs([[4, 5]], allowed)[0]
 
 
+def test_a_failed_step_is_recomputed(monkeypatch: pytest.MonkeyPatch) -> None:
+    many, wanted = prompts(6, seed=9), params(temperature=0.9, frequency_penalty=1.0)
+    undisturbed = outputs(many, wanted, max_num_batched_tokens=64)
+    engine = tiny.tiny_engine(max_num_batched_tokens=64)
+    requests = [engine.add(str(i), p, wanted, seed=i)[0] for i, p in enumerate(many)]
+    forward, calls = tiny_model().forward, itertools.count()
+
+    def failing(batch: object) -> torch.Tensor:
+        logits = forward(batch)
+        if next(calls) in (1, 4, 9, 10):
+            raise RuntimeError("out of memory")
+        return logits
+
+    monkeypatch.setattr(tiny_model(), "forward", failing)
+    failures = 0
+    while engine.has_unfinished:
+        try:
+            engine.step()
+        except RuntimeError:
+            failures += 1
+    assert failures == 4
+    assert [r.output for r in requests] == undisturbed
+
+
 def test_abort_frees_at_once() -> None:
     engine = tiny.tiny_engine()
     running = engine.add("a", [1, 2, 3], params(max_tokens=100), seed=0)

@@ -79,14 +79,14 @@ def rounding_error(
             q, k = layer.self_attn.q_layernorm.weight, layer.self_attn.k_layernorm.weight
             # variance of a score: q and k have unit variance before their weights
             variance = float((q.square() * k.square()).mean())
-            gain, roundings = 1 + 2 * variance, 5 + 18 * variance
+            gain, roundings = 1 + 2 * variance, 6 + 18 * variance
         else:
             gain, roundings = 3.0, 13.0
         after = power[i, "ffn norm"]
         mixed = power[i, "mixer"] * (roundings * U_RMS**2 + gain * error)
         error = (power[i, "norm"] * error + mixed) / after + U_RMS**2
         sparse = hasattr(layer.feed_forward, "gate")
-        gain, roundings = (3.0, 21.0) if sparse else (2.5, 12.0)
+        gain, roundings = (3.0, 20.0) if sparse else (2.5, 10.5)
         fed = power[i, "ffn"] * (roundings * U_RMS**2 + gain * error)
         error = (after * error + fed) / power[i + 1, "norm"] + U_RMS**2
     error += 3 * U_RMS**2
