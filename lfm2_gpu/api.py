@@ -182,7 +182,7 @@ class SamplingParams:
 class Logprob:
     """Log-probability of a token at a position, from the raw logits.
 
-    ``rank`` is 1 for the most likely token. ``decoded_token`` is ``None`` without a tokenizer.
+    ``rank`` is 1 for the most likely token. ``decoded_token`` is ``None`` where there is none.
     """
 
     logprob: float

@@ -108,8 +108,10 @@ class LLM:
         )
         config = loaded.config
         vocab_size = config.vocab_size
+        unused_ids: tuple[int, ...] = ()
         if self.tokenizer is not None:
             vocab_size = min(vocab_size, self.tokenizer.vocab_size)
+            unused_ids = tuple(i for i in sorted(self.tokenizer.holes) if i < vocab_size)
         engine_config = plan_engine(
             config,
             dtype=loaded.dtype,
@@ -118,6 +120,7 @@ class LLM:
             max_num_seqs=max_num_seqs or (256 if on_gpu else 32),
             max_num_batched_tokens=max_num_batched_tokens or (8192 if on_gpu else 512),
             vocab_size=vocab_size,
+            unused_ids=unused_ids,
             num_gpu_blocks_override=num_gpu_blocks_override,
         )
         generation = folder / "generation_config.json"

@@ -91,7 +91,9 @@ def logprob_dict(entry: LogprobEntry, tokenizer: Tokenizer | None) -> dict[int, 
     token, logprob, rank, top_ids, top_logprobs = entry
 
     def text(token_id: int) -> str | None:
-        return None if tokenizer is None else tokenizer.token_text(token_id)
+        if tokenizer is None or token_id in tokenizer.holes:
+            return None
+        return tokenizer.token_text(token_id)
 
     chosen = {token: Logprob(logprob, rank, text(token))}
     top = {

@@ -98,7 +98,9 @@ def fill(model: torch.nn.Module, seed: int) -> None:
                 mean = _ATTENTION_NORM if "layernorm" in name else 1.0
                 tensor.normal_(mean, 0.2, generator=generator)
             elif "embed_tokens" in name or "lm_head" in name:
-                tensor.normal_(0.0, _EMBEDDING_SCALE, generator=generator)
+                # logits of the same scale whatever the width, since bounds on them are absolute
+                scale = _EMBEDDING_SCALE * (_DENSE["hidden_size"] / tensor.shape[1]) ** 0.5
+                tensor.normal_(0.0, scale, generator=generator)
             elif name.endswith("bias"):
                 tensor.normal_(0.0, 0.1, generator=generator)
             elif name.endswith("conv.conv.weight"):

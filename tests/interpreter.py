@@ -129,7 +129,14 @@ def _install_numerics() -> None:
     for name in names:
         setattr(InterpreterBuilder, name, _in_fp32(getattr(InterpreterBuilder, name)))
 
-    dot = InterpreterBuilder.create_dot
+    binary_op, dot = InterpreterBuilder.binary_op, InterpreterBuilder.create_dot
+
+    def typed_binary_op(self: Any, lhs: Any, rhs: Any, op: Any) -> TensorHandle:
+        result = binary_op(self, lhs, rhs, op)
+        if result.data.dtype == np.bool_:
+            # a comparison keeps the type of its operands, and its splat turns into integers
+            result.dtype = tl.int1
+        return result
 
     def cast(self: Any, src: TensorHandle, dst_type: Any, rounding: Any = None) -> TensorHandle:
         if rounding == base._ir.ROUNDING_MODE.RTZ:
@@ -145,6 +152,7 @@ def _install_numerics() -> None:
         result = dot(self, fp32(a), fp32(b), _widen(d), *rest)
         return TensorHandle(_encode(result.data, d.dtype.scalar), d.dtype.scalar)
 
+    InterpreterBuilder.binary_op = typed_binary_op
     InterpreterBuilder.cast_impl = cast
     InterpreterBuilder.create_fp_to_fp = cast
     InterpreterBuilder.create_dot = wide_dot

@@ -78,6 +78,13 @@ def _copy_kernel(x_ptr, y_ptr, n, stride, shift, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _scalar_mask_kernel(y_ptr, n, BLOCK: tl.constexpr):
+    pid = tl.program_id(0)
+    offs = tl.arange(0, BLOCK)
+    tl.store(y_ptr + pid * BLOCK + offs, offs, mask=(pid < n) & (offs < BLOCK - 1))
+
+
+@triton.jit
 def _move_kernel(x_ptr, load_from, store_to, STORE_STEP: tl.constexpr):
     pid = tl.program_id(0)
     tl.store(x_ptr + pid * STORE_STEP + store_to, tl.load(x_ptr + pid + load_from))
@@ -177,6 +184,12 @@ def test_loop_with_a_runtime_bound() -> None:
     x, got = torch.ones(37), torch.empty(1)
     _loop_kernel[(1,)](x, got, 37, BLOCK=16)
     assert got.item() == 37
+
+
+def test_a_scalar_condition_masks_a_block() -> None:
+    got = torch.full((8,), -1, dtype=torch.int32)
+    _scalar_mask_kernel[(2,)](got, 1, BLOCK=4)
+    assert got.tolist() == [0, 1, 2, -1, -1, -1, -1, -1]
 
 
 def test_autotune_needs_no_driver() -> None:

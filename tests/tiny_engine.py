@@ -46,7 +46,9 @@ def tiny_model() -> Lfm2Model:
     return random_model(CONFIG, device="cpu", dtype=torch.float32, seed=1)
 
 
-def tiny_engine(model: Lfm2Model | None = None, **changes: int) -> Engine:
+def tiny_engine(
+    model: Lfm2Model | None = None, *, unused_ids: tuple[int, ...] = (), **changes: int
+) -> Engine:
     sizes = {
         "max_model_len": 400,
         "max_num_seqs": 64,
@@ -54,7 +56,7 @@ def tiny_engine(model: Lfm2Model | None = None, **changes: int) -> Engine:
         "num_pages": 400,
         "vocab_size": VOCAB,
     }
-    config = EngineConfig(**(sizes | changes), eos_token_ids=(EOS,))
+    config = EngineConfig(**(sizes | changes), eos_token_ids=(EOS,), unused_ids=unused_ids)
     return Engine(Runner(model or tiny_model(), config))
 
 

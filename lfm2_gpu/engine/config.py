@@ -20,6 +20,7 @@ class EngineConfig:
         num_pages: KV pages of 64 tokens, the dummy page 0 not counted.
         vocab_size: Ids from here on are padding rows of the embedding: never drawn, never taken.
         eos_token_ids: Tokens that end a choice unless it ignores them.
+        unused_ids: Ids below ``vocab_size`` that stand for no token: never drawn.
 
     Raises:
         InvalidRequest: A value is not a positive integer, or one request could not fit the pages.
@@ -31,6 +32,7 @@ class EngineConfig:
     num_pages: int
     vocab_size: int
     eos_token_ids: tuple[int, ...] = ()
+    unused_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         for name in (

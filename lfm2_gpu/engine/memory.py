@@ -37,6 +37,7 @@ def plan_engine(
     max_num_seqs: int,
     max_num_batched_tokens: int,
     vocab_size: int,
+    unused_ids: tuple[int, ...] = (),
     num_gpu_blocks_override: int | None = None,
 ) -> EngineConfig:
     """Size the pools for ``budget`` bytes that are free after the weights are loaded.
@@ -57,6 +58,7 @@ def plan_engine(
             num_pages=num_pages,
             vocab_size=vocab_size,
             eos_token_ids=model.eos_token_ids,
+            unused_ids=unused_ids,
         )
 
     most = sized(max_num_seqs * pages_for(max_model_len), max_model_len)

@@ -14,8 +14,8 @@ class StatePools:
     """Device memory that outlives a step.
 
     Attributes:
-        kv_pages: One ``[pages, 2, kv_heads, 64, head_dim]`` per attention layer. Page 0 is the dummy.
-        conv_state: One ``[slots, ring, hidden]`` per conv layer. Slot 0 is the dummy.
+        kv_pages: ``[pages, 2, kv_heads, 64, head_dim]`` per attention layer. Page 0 is the dummy.
+        conv_state: ``[slots, ring, hidden]`` per conv layer. Slot 0 is the dummy.
     """
 
     kv_pages: tuple[torch.Tensor, ...]
@@ -24,7 +24,7 @@ class StatePools:
 
 @dataclass(frozen=True, slots=True)
 class ForwardBatch:
-    """One step's tokens, flattened to ``N``, of ``R`` rows (a prefill chunk or a decode token each).
+    """One step's tokens, flattened to ``N``, of ``R`` rows: prefill chunks and decode tokens.
 
     Attributes:
         token_ids: ``[N]`` int32.

@@ -158,6 +158,17 @@ def test_padding_rows_of_the_vocabulary_are_never_drawn() -> None:
     assert max(output) > VOCAB - 20
 
 
+def test_ids_that_stand_for_no_token_are_never_drawn() -> None:
+    unused = tuple(range(0, 300, 2))
+    engine = tiny.tiny_engine(unused_ids=unused)
+    hot = params(temperature=50.0, max_tokens=60)
+    (plain,) = engine.add("a", [3], hot, seed=0)
+    biased = params(temperature=50.0, max_tokens=60, logit_bias={4: 90.0, 5: 2.0})
+    (with_row,) = engine.add("b", [3], biased, seed=0)
+    finish(engine)
+    assert not set(unused) & set(plain.output + with_row.output)
+
+
 def test_logprobs_are_those_of_the_models_logits() -> None:
     prompt = prompts(1, seed=5)[0]
     wanted = params(logprobs=3, prompt_logprobs=2, max_tokens=6)
