@@ -4,33 +4,25 @@ from __future__ import annotations
 
 import logging
 import random
-import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-from tqdm import tqdm
 
 from lfm2_gpu import assets
-from lfm2_gpu.api import (
-    CompletionOutput,
-    FinishReason,
-    RequestOutput,
-    SamplingParams,
-)
+from lfm2_gpu.api import RequestOutput, SamplingParams
 from lfm2_gpu.chat import ChatTemplate
 from lfm2_gpu.devices import select_device
 from lfm2_gpu.engine.engine import Engine
 from lfm2_gpu.engine.memory import free_bytes, plan_engine
-from lfm2_gpu.engine.request import Request, Status, TokenLogprobs
 from lfm2_gpu.engine.runner import Runner
 from lfm2_gpu.errors import InvalidRequest
 from lfm2_gpu.files import read_json
 from lfm2_gpu.formats.hub import resolve
+from lfm2_gpu.jobs import Job, Progress
 from lfm2_gpu.loader import load_model
-from lfm2_gpu.output import ChoiceBuilder, LogprobEntry, bad_word_ids, logprob_dict
+from lfm2_gpu.output import ChoiceBuilder, bad_word_ids
 from lfm2_gpu.tokenizer import Tokenizer
 from lfm2_gpu.vendor import sampling_defaults
 
@@ -133,7 +125,7 @@ class LLM:
         self._defaults = defaults
         self._seeds = random.Random(seed)
         self._count = 0
-        self._jobs: dict[int, _Job] = {}
+        self._jobs: dict[int, Job] = {}
 
     def generate(
         self,
@@ -258,7 +250,7 @@ class LLM:
 
     def _submit(
         self, encoded: tuple[str | None, list[int]], params: SamplingParams, *, watched: bool
-    ) -> _Job:
+    ) -> Job:
         text, ids = encoded
         if self.tokenizer is None and (params.stop or params.bad_words):
             raise InvalidRequest(
@@ -286,11 +278,11 @@ class LLM:
             finished=False,
             seed=seed,
         )
-        job = _Job(requests, builders, output, self.tokenizer)
+        job = Job(requests, builders, output, self.tokenizer)
         self._jobs.update((id(request), job) for request in requests)
         return job
 
-    def _drop(self, job: _Job) -> None:
+    def _drop(self, job: Job) -> None:
         """Forget a job; what still runs of it ends."""
         self.engine.abort(job.requests)
         for request in job.requests:
@@ -302,11 +294,11 @@ class LLM:
         params: Sequence[SamplingParams],
         use_tqdm: bool,
     ) -> list[RequestOutput]:
-        jobs: list[_Job] = []
+        jobs: list[Job] = []
         try:
             for item, p in zip(encoded, params, strict=True):
                 jobs.append(self._submit(item, p, watched=False))
-            with _Progress(len(jobs), enabled=use_tqdm) as progress:
+            with Progress(len(jobs), enabled=use_tqdm) as progress:
                 waiting = set(jobs)
                 while waiting:
                     # an open stream may move in these steps too, and end
@@ -319,9 +311,9 @@ class LLM:
                 self._drop(job)
         return [job.output for job in jobs]
 
-    def _step(self) -> list[_Job]:
+    def _step(self) -> list[Job]:
         """One engine step; the jobs that it finished."""
-        finished = []
+        finished: list[Job] = []
         for request in self.engine.step():
             job = self._jobs[id(request)]
             if not job.output.finished:
@@ -329,94 +321,6 @@ class LLM:
                 if job.output.finished:
                     finished.append(job)
         return finished
-
-
-@dataclass(slots=True, eq=False)
-class _Job:
-    """A request of the caller: its choices in the engine and the output they grow into.
-
-    ``moved`` is set when the output grew, and cleared by whoever has looked at it.
-    """
-
-    requests: list[Request]
-    builders: list[ChoiceBuilder]
-    output: RequestOutput
-    tokenizer: Tokenizer | None
-    moved: bool = False
-
-    def advance(self, request: Request, engine: Engine) -> None:
-        """Take over what ``request`` has drawn since the last time."""
-        builder = self.builders[request.index]
-        choice = builder.output
-        if choice.finish_reason is not None:
-            return
-        self.moved = True
-        have = len(choice.token_ids)
-        tokens = engine.output_since(request, have)
-        ended = request.status is Status.FINISHED
-        stopped = ended and request.finish_reason is FinishReason.STOP
-        stop = builder.add(tokens[:-1] if stopped else tokens)
-        if stop is not None:
-            engine.abort([request], FinishReason.STOP)
-            builder.finish(FinishReason.STOP, stop)
-        elif ended:
-            assert request.finish_reason is not None
-            end_token = tokens[-1] if stopped else None
-            builder.finish(request.finish_reason, request.stop_reason, end_token)
-        builder.add_logprobs(_entry(e) for e in request.logprobs[have : len(choice.token_ids)])
-        if request.index == 0 and request.params.prompt_logprobs is not None:
-            self._take_prompt_logprobs(request)
-        self.output.finished = all(b.output.finish_reason is not None for b in self.builders)
-        self.output.error = self.output.error or request.error
-        self.output.metrics = self.requests[0].metrics
-
-    def _take_prompt_logprobs(self, request: Request) -> None:
-        if self.output.prompt_logprobs is None:
-            self.output.prompt_logprobs = [None] + [
-                logprob_dict(_entry(entry), self.tokenizer) for entry in request.prompt_logprobs
-            ]
-
-    def snapshot(self) -> RequestOutput:
-        """A copy that later steps do not change."""
-        outputs = [_copy(builder.output) for builder in self.builders]
-        return replace(self.output, outputs=outputs)
-
-
-class _Progress:
-    """vLLM's progress bar: requests done, and tokens per second in and out."""
-
-    def __init__(self, total: int, *, enabled: bool) -> None:
-        self._input = self._output = 0
-        self._start = time.monotonic()
-        self._bar = tqdm(
-            total=total, desc="Processed prompts", disable=not enabled, dynamic_ncols=True
-        )
-
-    def __enter__(self) -> _Progress:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.close()
-
-    def add(self, output: RequestOutput) -> None:
-        self._input += len(output.prompt_token_ids)
-        self._output += sum(len(choice.token_ids) for choice in output.outputs)
-        seconds = max(time.monotonic() - self._start, 1e-9)
-        self._bar.set_postfix_str(
-            f"est. speed input: {self._input / seconds:.2f} toks/s, "
-            f"output: {self._output / seconds:.2f} toks/s",
-            refresh=False,
-        )
-        self._bar.update()
-
-
-def _entry(entry: TokenLogprobs) -> LogprobEntry:
-    return entry.token_id, entry.logprob, entry.rank, entry.top_ids, entry.top_logprobs
-
-
-def _copy(choice: CompletionOutput) -> CompletionOutput:
-    logprobs = None if choice.logprobs is None else list(choice.logprobs)
-    return replace(choice, token_ids=list(choice.token_ids), logprobs=logprobs)
 
 
 def _dtype(name: str, on_gpu: bool) -> torch.dtype | None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from checkpoints import build, edit_config
-from support import python_lines
 
+from checkpoints import build, edit_config
 from lfm2_gpu.errors import ModelFileError
 from lfm2_gpu.inspect import describe, inspect_checkpoint
 from lfm2_gpu.loader import load_model
+from support import python_lines
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,9 @@ def test_dense_text(tmp_path: Path) -> None:
 def test_what_cannot_be_loaded_cannot_be_described(tmp_path: Path) -> None:
     folder = build(tmp_path / "x", 0)
     edit_config(folder, vocab_size=100)
-    with pytest.raises(ModelFileError, match=r"embed_tokens.weight is \[128, 96\], want \[100, 96\]"):
+    with pytest.raises(
+        ModelFileError, match=r"embed_tokens.weight is \[128, 96\], want \[100, 96\]"
+    ):
         describe(str(folder))
 
 

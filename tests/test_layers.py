@@ -40,9 +40,10 @@ ALLOWED: dict[str, set[str]] = {
     "engine": BASE | {"model", "lfm2_kernels", "config", "api"},
     "server": BASE | {"api", "tokenizer", "chat", "engine.client"},
     "output": {"api", "detokenizer", "tokenizer"},
+    "jobs": {"api", "engine", "output", "tokenizer"},
     "llm": BASE
     | {"engine", "loader", "formats.hub", "tokenizer", "chat", "api", "config"}
-    | {"devices", "assets", "files", "output", "vendor"},
+    | {"devices", "assets", "files", "jobs", "output", "vendor"},
     "bench": BASE
     | {"llm", "engine", "server", "lfm2_kernels", "api", "config", "devices", "lfm2_gpu"},
     "plugs": BASE | {"llm", "engine", "server", "lfm2_kernels", "api"},

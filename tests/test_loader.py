@@ -10,10 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import build, edit_config
 from safetensors.torch import load_file, save_file
-from stepper import greedy
 
+from checkpoints import build, edit_config
 from lfm2_gpu.config import ModelConfig
 from lfm2_gpu.errors import InvalidRequest, ModelFileError
 from lfm2_gpu.formats import open_checkpoint
@@ -21,6 +20,7 @@ from lfm2_gpu.loader import load_model, random_model, read_config, stream_tensor
 from lfm2_gpu.model.lfm2 import Lfm2Model
 from lfm2_gpu.model.weights import Placement, expected_tensors, place_tensors
 from lfm2_gpu.model_table import PUBLIC_CONFIGS
+from stepper import greedy
 
 
 @pytest.fixture(scope="module")
@@ -104,9 +104,7 @@ def test_a_head_stored_beside_tied_embeddings(
     assert "lm_head.weight is used, though the config ties it" in caplog.text
 
 
-def test_ff_size_comes_from_the_tensors(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_ff_size_comes_from_the_tensors(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = build(tmp_path / "x", 0)
     right = load_model(folder, device="cpu")
     # as some repacked checkpoints do: the real size, still to be adjusted

@@ -136,17 +136,16 @@ def _find_floor_kernel(
             lanes = tl.maximum(lanes, x)
         lanes = tl.div_rn(lanes, tl.broadcast_to(temperature, [BLOCK_V]))
         top = tl.max(lanes)
-        if (top > float("-inf")) & (top < float("inf")):
-            if min_p > 0:
-                # h >= top + log(min_p) is h > the number below
-                key = tl.maximum(key, _to_key(top + tl.log(min_p)) - 1)
-            if top_k > 0:
-                target = top_k.to(tl.float32)
-                key = _raise_floor(row_ptr, temperature, top, lanes, key, target, V, False, BLOCK_V)
-            if top_p < 1:
-                _, mass = _weigh(row_ptr, temperature, top, key, V, True, BLOCK_V)
-                target = top_p * mass
-                key = _raise_floor(row_ptr, temperature, top, lanes, key, target, V, True, BLOCK_V)
+        if min_p > 0:
+            # h >= top + log(min_p) is h > the number below
+            key = tl.maximum(key, _to_key(top + tl.log(min_p)) - 1)
+        if top_k > 0:
+            target = top_k.to(tl.float32)
+            key = _raise_floor(row_ptr, temperature, top, lanes, key, target, V, False, BLOCK_V)
+        if top_p < 1:
+            _, mass = _weigh(row_ptr, temperature, top, key, V, True, BLOCK_V)
+            target = top_p * mass
+            key = _raise_floor(row_ptr, temperature, top, lanes, key, target, V, True, BLOCK_V)
     tl.store(floors_ptr + pid_r, _from_key(key))
 
 
@@ -317,23 +316,9 @@ def sample(
     if rows == 0:
         return tokens
     blocks = triton.cdiv(width, _RACE_BLOCK)
-    floors = torch.empty(rows, dtype=torch.float32, device=logits.device)
+    floors = _find_floors(logits, slots, temperature, top_k, top_p, min_p)
     scores = torch.empty(rows, blocks, dtype=torch.float32, device=logits.device)
     ids = torch.empty(rows, blocks, dtype=torch.int32, device=logits.device)
-    _find_floor_kernel[(rows,)](
-        logits,
-        floors,
-        slots,
-        temperature,
-        top_k,
-        top_p,
-        min_p,
-        logits.stride(0),
-        V=width,
-        BLOCK_V=min(_ROW_BLOCK, triton.next_power_of_2(width)),
-        num_warps=_ROW_WARPS,
-        enable_fp_fusion=False,
-    )
     _race_kernel[(rows, blocks)](
         logits,
         floors,
@@ -408,3 +393,31 @@ def token_logprobs(
         enable_fp_fusion=True,
     )
     return logprobs, ranks
+
+
+def _find_floors(
+    logits: torch.Tensor,
+    slots: torch.Tensor,
+    temperature: torch.Tensor,
+    top_k: torch.Tensor,
+    top_p: torch.Tensor,
+    min_p: torch.Tensor,
+) -> torch.Tensor:
+    """``[R]`` float32: a row keeps its tokens of ``logits / temperature`` above it."""
+    rows, width = logits.shape
+    floors = torch.empty(rows, dtype=torch.float32, device=logits.device)
+    _find_floor_kernel[(rows,)](
+        logits,
+        floors,
+        slots,
+        temperature,
+        top_k,
+        top_p,
+        min_p,
+        logits.stride(0),
+        V=width,
+        BLOCK_V=min(_ROW_BLOCK, triton.next_power_of_2(width)),
+        num_warps=_ROW_WARPS,
+        enable_fp_fusion=False,
+    )
+    return floors

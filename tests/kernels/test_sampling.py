@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 
 from lfm2_kernels import reference
-from lfm2_kernels.sampling import sample, token_logprobs
+from lfm2_kernels.sampling import _find_floors, _log_exponential, sample, token_logprobs
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -51,6 +53,7 @@ def rounds_apart(logits: torch.Tensor) -> torch.Tensor:
     return logits
 
 
+# top_k of 0 and top_p of 1 keep all; 4,500 tokens take two passes of a program
 @pytest.mark.parametrize("width", [37, 700, 4500])
 def test_draws_the_token_of_the_reference(width: int, device: torch.device) -> None:
     mixes = list(itertools.product([0.0, 0.3, 1.7], [0, 1, 40], [1.0, 0.6], [0.0, 0.1]))
@@ -66,6 +69,14 @@ def test_draws_the_token_of_the_reference(width: int, device: torch.device) -> N
     out = torch.full((rows,), -7, dtype=torch.int32, device=device)
     assert sample(logits, **arguments, out=out) is out
     assert torch.equal(out, reference.sample(logits, **arguments))
+
+    names = ("slots", "temperature", "top_k", "top_p", "min_p")
+    floors = _find_floors(logits, *(arguments[name] for name in names))
+    for row, slot in enumerate(arguments["slots"].tolist()):
+        if temperature[slot - 1] > 0:
+            h = logits[row] / temperature[slot - 1]
+            survivors = reference._survivors(h, top_k[slot - 1], top_p[slot - 1], min_p[slot - 1])
+            assert torch.equal((h > floors[row]).nonzero().flatten(), survivors)
 
 
 def test_a_row_does_not_depend_on_the_others(device: torch.device) -> None:
@@ -107,6 +118,29 @@ def test_philox_known_answer(device: torch.device) -> None:
     assert reference.philox(zero, 0, 0, 0).tolist() == [0x6627E8D5]
 
 
+@triton.jit
+def _log_exponential_kernel(ids_ptr, out_ptr, position, choice, seed, BLOCK: tl.constexpr):
+    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(out_ptr + offs, _log_exponential(tl.load(ids_ptr + offs), position, choice, seed))
+
+
+def test_noise_is_the_log_of_an_exponential(device: torch.device) -> None:
+    position, choice, seed, count = 31999, 2, -(2**61) - 12345, 2**16
+    ids = torch.arange(count, dtype=torch.int32, device=device)
+    want = reference.exponential_race(ids, position, choice, seed)
+    got = torch.empty_like(want)
+    _log_exponential_kernel[(count // 2048,)](ids, got, position, choice, seed, BLOCK=2048)
+    # a log of either sign of up to 22 in size, each side within an ulp or two
+    torch.testing.assert_close(got, want, rtol=3e-7, atol=3e-7)
+    u = (reference.philox(ids.long(), position, choice, seed).double() + 1) * 2.0**-32
+    exact = torch.log(-torch.log1p(-u))
+    # the smallest u decide a race: 1 - u keeps 14 bits of u at 2^-10, and the series all 24
+    assert (u < 2.0**-14).any()
+    torch.testing.assert_close(want.double(), exact, rtol=1e-6, atol=2.0**-14)
+    small = u < 2.0**-10
+    torch.testing.assert_close(want.double()[small], exact[small], rtol=3e-7, atol=0)
+
+
 @pytest.mark.parametrize(
     ("options", "kept"),
     [({}, 12), ({"temperature": 0.5}, 12), ({"top_k": 4}, 4), ({"top_p": 0.8}, 6)],
@@ -126,6 +160,8 @@ def test_reference_draws_from_softmax(options: dict[str, Any], kept: int) -> Non
 
 
 FLAT = [0.1, 0.0, 0.1, 0.0, 0.0, -8.0]
+# the fp32 number below 1 next to 1
+NEXT = [1.0, 1.0 - 2.0**-24, 1.0, 1.0 - 2.0**-24]
 # softmax is (0.4, 0.3, 0.2, 0.1); the best two alone are (0.57, 0.43)
 STEEP = [-0.9163, -1.2040, -1.6094, -2.3026]
 HOLED = [0.0, 0.0, -torch.inf, 0.0]
@@ -139,6 +175,8 @@ HOLED = [0.0, 0.0, -torch.inf, 0.0]
         (FLAT, {"top_k": 3}, {0, 1, 2, 3, 4}),
         (FLAT, {"top_p": 0.3}, {0, 2}),
         (FLAT, {"top_p": 0.5}, {0, 1, 2, 3, 4}),
+        (NEXT, {"top_k": 1}, {0, 2}),
+        (NEXT, {"min_p": 1.0}, {0, 2}),
         # 0 and -0 are one value
         ([0.0, -0.0, 0.0, -1.0], {"top_k": 1}, {0, 1, 2}),
         # top_p counts the mass that the other filters leave

@@ -15,14 +15,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import lfm2_kernels as ops
 import pytest
 import torch
-from checkpoints import build, oracle
-from stepper import Stepper
 from torch import nn
 
+import lfm2_kernels as ops
+from checkpoints import build, oracle
 from lfm2_gpu.loader import load_model
+from stepper import Stepper
 
 # root mean square of a bf16 rounding error, relative to a value with a random mantissa
 U_RMS = 2.0**-7 / 12**0.5 * (0.75 / (2 * 0.6931)) ** 0.5

@@ -10,15 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import lfm2_kernels as ops
 import pytest
 import torch
-from checkpoints import build, oracle
 from torch import nn
 
+import lfm2_kernels as ops
+from checkpoints import build, oracle
 from lfm2_gpu.loader import load_model
 from lfm2_gpu.model.layers import Attention, DenseFFN, ShortConv, SparseMoE
 from lfm2_gpu.model.lfm2 import Lfm2Model
@@ -62,16 +61,12 @@ class Recording:
 def recording(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Recording:
-    folder = build(
-        tmp_path_factory.mktemp("bf16"), 3, dtype=torch.bfloat16, **CASES[request.param]
-    )
+    folder = build(tmp_path_factory.mktemp("bf16"), 3, dtype=torch.bfloat16, **CASES[request.param])
     theirs = oracle(folder, torch.bfloat16)
     found = Recording(load_model(folder, device="cpu"), {}, {}, [])
     for name, module in theirs.named_modules():
 
-        def record(
-            _: nn.Module, args: tuple[Any, ...], output: Any, name: str = name
-        ) -> None:
+        def record(_: nn.Module, args: tuple[Any, ...], output: Any, name: str = name) -> None:
             if args and args[0].is_floating_point():
                 found.inputs[name] = args[0].flatten(0, -2)
             found.outputs[name] = output
@@ -121,9 +116,7 @@ def test_embedding_norms_and_head(recording: Recording) -> None:
 def test_short_conv(recording: Recording) -> None:
     for prefix, part in recording.layers(ShortConv):
         x = recording.inputs[f"{prefix}.operator_norm"]
-        bcx = ops.linear(
-            x, part.in_proj, bias=part.in_bias, norm_weight=part.norm, eps=part.eps
-        )
+        bcx = ops.linear(x, part.in_proj, bias=part.in_bias, norm_weight=part.norm, eps=part.eps)
         same(bcx, recording.outputs[f"{prefix}.conv.in_proj"])
         taps = part.conv.shape[1]
         state = torch.full((2, taps, x.shape[1]), torch.nan, dtype=x.dtype)

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import build
-from stepper import Stepper, blind_spots, greedy
 
+from checkpoints import build
 from lfm2_gpu.loader import load_model
+from stepper import Stepper, blind_spots, greedy
 
 SMALL: dict[str, Any] = {"num_hidden_layers": 2, "layer_types": ["conv", "full_attention"]}
 
@@ -51,9 +51,7 @@ def test_kernels_compute_what_the_reference_does(
 
 
 @pytest.mark.parametrize("kind", ["dense", "moe"])
-def test_test_models_see_faults_in_their_state(
-    kind: str, request: pytest.FixtureRequest
-) -> None:
+def test_test_models_see_faults_in_their_state(kind: str, request: pytest.FixtureRequest) -> None:
     model = load_model(request.getfixturevalue(kind), device="cpu")
     # of twenty faults, nearly all must change a greedy token
     missed = [fault for seed in range(2) for fault in blind_spots(model, seed=seed)]
