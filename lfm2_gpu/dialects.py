@@ -120,7 +120,7 @@ def _architecture(data: Mapping[str, Any]) -> str:
         raise ModelFileError(
             f"{label} is an encoder, without a language-model head: it cannot generate text"
         )
-    found = {_ARCHITECTURES.get(name, name) for name in names}
+    found = {str(_ARCHITECTURES.get(name, name)) for name in names}
     if kind is not None:
         found.add(str(kind))
     if found not in ({"lfm2"}, {"lfm2_moe"}):

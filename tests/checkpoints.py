@@ -16,7 +16,7 @@ import torch
 
 __all__ = ["build", "edit_config", "oracle"]
 
-# found by trying: 117 of 120 single faults change 32 greedy tokens, and texts do not fall into a loop
+# found by trying: 117 of 120 single faults change 32 greedy tokens, and no text falls into a loop
 _EMBEDDING_SCALE = 0.1
 _ATTENTION_NORM = 1.7
 _GAIN = 1.3

@@ -213,7 +213,7 @@ def stream_24b(folder: Path, share: float) -> tuple[int, int]:
 
 
 def test_streaming_24b_takes_little_host_memory(tmp_path: Path) -> None:
-    streamed, peak = stream_24b(tmp_path, 0.02)
+    streamed, peak = stream_24b(tmp_path, 0.005)
     # everything in bf16 but 38 expert biases
     assert streamed == 2 * PUBLIC_CONFIGS["LFM2-24B-A2B"].num_parameters + 2 * 38 * 64
     # a chunk of 64 MiB, what `any` makes of it, and 7,610 headers; the promise is 1 GB

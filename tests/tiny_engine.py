@@ -43,7 +43,16 @@ CONFIG = ModelConfig(
 
 @functools.cache
 def tiny_model() -> Lfm2Model:
-    return random_model(CONFIG, device="cpu", dtype=torch.float32, seed=1)
+    """Random, and with gains that let its state decide its tokens (``test_engine`` gates that)."""
+    model = random_model(CONFIG, device="cpu", dtype=torch.float32, seed=1)
+    gains = {"embedding": 1 / 3, "q_norm": 1.7, "k_norm": 1.7, "conv": 1.7, "gate": 1.0}
+    with torch.no_grad():
+        for name, tensor in model.named_parameters():
+            leaf = name.rpartition(".")[2]
+            tensor *= gains.get(leaf, 1.3 if tensor.ndim > 1 else 1.0)
+            if leaf == "out_proj" and name.replace(leaf, "qkv") in model.state_dict():
+                tensor *= 2.3
+    return model
 
 
 def tiny_engine(

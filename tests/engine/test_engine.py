@@ -12,9 +12,16 @@ import tiny_engine as tiny
 from lfm2_gpu.api import FinishReason
 from lfm2_gpu.engine.request import Status
 from lfm2_gpu.errors import InvalidRequest
+from stepper import blind_spots
 from tiny_engine import EOS, VOCAB, finish, outputs, params, prompts, run, tiny_model
 
 SAMPLED = {"temperature": 1.0, "top_k": 40, "top_p": 0.95, "repetition_penalty": 1.1}
+
+
+def test_the_model_is_sensitive_to_its_state() -> None:
+    missed = [fault for seed in range(2) for fault in blind_spots(tiny_model(), seed=seed)]
+    # of 32 faults; what this model does not see, the tests below do not see
+    assert len(missed) <= 1, missed
 
 
 @pytest.mark.parametrize("fields", [{}, SAMPLED], ids=["greedy", "sampled"])
@@ -111,11 +118,12 @@ def test_logit_bias_forbids_and_forces() -> None:
 
 
 def test_penalties_see_what_they_should() -> None:
-    three = {"allowed_token_ids": [40, 41, 42], "max_tokens": 30}
+    three = {"allowed_token_ids": [40, 41, 42], "max_tokens": 30, "logit_bias": {40: 20.0}}
     (free,) = outputs([[3]], params(**three))
     (even,) = outputs([[3]], params(**three, frequency_penalty=2.0))
-    spread = [even.count(token) for token in (40, 41, 42)]
-    assert max(spread) - min(spread) < max(map(free.count, (40, 41, 42))) - 12
+    assert free == [40] * 30
+    # ten draws of 40 outweigh its bias; from there on the three take turns
+    assert 14 <= even.count(40) <= 20
     # the prompt counts for the repetition penalty, and for no other
     bias = {"logit_bias": {40: 100.0, 41: 85.0}, "max_tokens": 1}
     assert outputs([[40]], params(**bias)) == [[40]]

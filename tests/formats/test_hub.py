@@ -36,19 +36,19 @@ class FakeHub:
         if isinstance(found, Exception):
             raise found
         if found is None:
-            raise FakeErrors.LocalEntryNotFoundError("not cached")
+            raise NotCached("not cached")
         return str(found)
 
 
-class FakeErrors(ModuleType):
-    class LocalEntryNotFoundError(FileNotFoundError):
-        pass
+class NotCached(FileNotFoundError):
+    pass
 
 
 @pytest.fixture
 def install(monkeypatch: pytest.MonkeyPatch) -> Callable[[FakeHub], FakeHub]:
     def put(hub: FakeHub) -> FakeHub:
-        module, errors = ModuleType("huggingface_hub"), FakeErrors("huggingface_hub.errors")
+        module, errors = ModuleType("huggingface_hub"), ModuleType("huggingface_hub.errors")
+        errors.LocalEntryNotFoundError = NotCached  # type: ignore[attr-defined]
         module.snapshot_download = hub.snapshot_download  # type: ignore[attr-defined]
         module.errors = errors  # type: ignore[attr-defined]
         monkeypatch.setitem(sys.modules, "huggingface_hub", module)
@@ -149,6 +149,6 @@ def test_the_licence_is_named_once(
 def test_a_failed_download_names_the_model(install: Any) -> None:
     install(FakeHub(None, ConnectionError("no route\nto host")))
     with pytest.raises(
-        ModelFileError, match="LiquidAI/LFM2 at revision v2: cannot be downloaded: no route$"
+        ModelFileError, match=r"LiquidAI/LFM2 at revision v2: cannot be downloaded: no route$"
     ):
         resolve("LiquidAI/LFM2", revision="v2")

@@ -220,7 +220,7 @@ def test_every_truncation_is_refused(tmp_path: Path) -> None:
 def test_flipped_bytes_are_refused_or_harmless(tmp_path: Path) -> None:
     rng = random.Random(0)
     file = tmp_path / "x"
-    for _ in range(2000):
+    for _ in range(500):
         raw = bytearray(GOOD_RAW)
         for _ in range(rng.randint(1, 4)):
             raw[rng.randrange(len(raw) - 28)] = rng.randrange(256)
@@ -275,7 +275,7 @@ def test_shards_at_odds_with_the_index(tmp_path: Path) -> None:
     index = {"a": "one.safetensors", "b": "two.safetensors"}
     save_file({"a": torch.zeros(1), "x": torch.zeros(1)}, tmp_path / "one.safetensors")
     (tmp_path / INDEX).write_text(json.dumps({"weight_map": index}))
-    with pytest.raises(ModelFileError, match="one.safetensors: tensor x is not in"):
+    with pytest.raises(ModelFileError, match=r"one.safetensors: tensor x is not in"):
         open_checkpoint(tmp_path)
 
 
@@ -299,7 +299,7 @@ def test_shards_at_odds_with_the_index(tmp_path: Path) -> None:
 def test_the_index_cannot_name_a_path(tmp_path: Path, shard: Any) -> None:
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"a": shard}}))
-    with pytest.raises(ModelFileError, match="tensor 'a' is in .*, want the plain name"):
+    with pytest.raises(ModelFileError, match=r"tensor 'a' is in .*, want the plain name"):
         open_checkpoint(tmp_path)
 
 

@@ -134,11 +134,12 @@ def test_noise_is_the_log_of_an_exponential(device: torch.device) -> None:
     torch.testing.assert_close(got, want, rtol=3e-7, atol=3e-7)
     u = (reference.philox(ids.long(), position, choice, seed).double() + 1) * 2.0**-32
     exact = torch.log(-torch.log1p(-u))
-    # the smallest u decide a race: 1 - u keeps 14 bits of u at 2^-10, and the series all 24
+    # the smallest u decide a race. The series is exact below 2^-10; above, 1 - u has an error of
+    # 2^-25, hence log E one of 2^-25 / u. Near u = 1 log E is coarse, and such tokens lose
+    error = (want.double() - exact).abs()
+    assert (error[u < 2.0**-10] < 22 * 2.0**-23).all()
+    assert (error[u < 0.5] < 2.0**-14).all()
     assert (u < 2.0**-14).any()
-    torch.testing.assert_close(want.double(), exact, rtol=1e-6, atol=2.0**-14)
-    small = u < 2.0**-10
-    torch.testing.assert_close(want.double()[small], exact[small], rtol=3e-7, atol=0)
 
 
 @pytest.mark.parametrize(

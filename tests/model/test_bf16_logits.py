@@ -5,8 +5,8 @@ gains and rounding counts that docs/numerics.md derives. Our logits and transfor
 within it of the same weights' fp32 logits, and of each other: they round at the same points but for
 attention and the sum over experts.
 
-A router in bf16 is a step function: an expert chosen differently is no rounding error. The MoE cases
-take transformers' choices, and separately check that ours differ only where two scores nearly tie.
+A router in bf16 is a step function: an expert chosen differently is no rounding error. The MoE
+cases take transformers' choices, and check that ours differ only where two scores nearly tie.
 """
 
 from __future__ import annotations

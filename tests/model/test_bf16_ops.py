@@ -1,9 +1,9 @@
-"""Each op rounds where transformers rounds: fed with transformers' own bf16 activations, one by one.
+"""Each op rounds where transformers does: fed with its own bf16 activations, one by one.
 
 Whole-model parity cannot show this, and fp32 parity not at all. All ops but two reproduce
 transformers' bits. Attention keeps scores and probabilities in fp32 where eager attention rounds
-them, and the experts' outputs are summed in fp32 where the eager loop rounds each partial sum: their
-bounds are derived in docs/numerics.md.
+them, and the experts' outputs are summed in fp32 where the eager loop rounds each partial sum:
+their bounds are derived in docs/numerics.md.
 """
 
 from __future__ import annotations

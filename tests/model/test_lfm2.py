@@ -70,13 +70,33 @@ def test_first_computed_and_kv_write_from_are_honoured(moe: Path) -> None:
     # two conv layers of three taps forget what is four tokens back: replay these over cached keys
     stepper.lengths[0] = stepper.first_computed[slot] = 30
     stepper.kv_write_from[slot] = 34
+    for ring in stepper.pools.conv_state:
+        ring[slot] = float("nan")
     replay = stepper.step([(0, ids[30:])])[0]
     torch.testing.assert_close(replay[4:], whole[34:], rtol=0, atol=2e-5)
-    # the ring does hold positions 28 and 29
+    # the first tokens saw zeros, neither the ring nor positions 28 and 29
+    assert bool(replay.isfinite().all())
     assert not torch.allclose(replay[0], whole[30], atol=1e-3)
     held = int(stepper.page_table[slot, 0])
     for page, before in zip(stepper.pools.kv_pages, pages, strict=True):
         assert torch.equal(page[held, :, :, :34], before[held, :, :, :34])
+
+
+def test_padding_reaches_no_expert(moe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[torch.Tensor] = []
+    compute = ops.moe
+
+    def spy(x: torch.Tensor, w13: Any, w2: Any, weights: Any, ids: Any, **rest: Any) -> Any:
+        seen.append(ids)
+        return compute(x, w13, w2, weights, ids, **rest)
+
+    monkeypatch.setattr(ops, "moe", spy)
+    model = load_model(moe, device="cpu")
+    Stepper(model, 1, 64).step([(0, [1, 2, 3])], padding=2)
+    assert len(seen) == 3
+    for ids in seen:
+        assert int(ids[:3].max()) < 8
+        assert ids[3:].tolist() == [[8, 8], [8, 8]]
 
 
 def test_a_step_of_padding_alone_changes_nothing(moe: Path) -> None:

@@ -1,7 +1,7 @@
 """The tools that the pocket model is taught to call: names, arguments, questions, answers.
 
 A tool is one ``Tool``. Its arguments map to value kinds of ``values.py``. ``requests`` follow
-"please", ``questions`` stand alone; both hold the arguments in braces. ``result`` maps the fields of
+"please", ``questions`` stand alone; both hold the arguments in braces. ``result`` maps fields of
 the answer to value kinds; ``answer`` is the final sentence over arguments and result.
 """
 
