@@ -44,7 +44,7 @@ lint: setup
 test: setup
 	@$(IN) $(VENV_PYTHON) -m ruff check --quiet .
 	@$(IN) $(VENV_PYTHON) -m mypy
-	@$(IN) $(VENV_PYTHON) -m pytest -n $(WORKERS) --dist worksteal --timeout 300 -m "not gpu"
+	@$(IN) $(VENV_PYTHON) -m pytest -n $(WORKERS) --dist worksteal --timeout 600 -m "not gpu"
 
 check: lint test
 

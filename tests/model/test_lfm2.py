@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+import lfm2_kernels as ops
 from checkpoints import build
 from lfm2_gpu.loader import load_model
 from stepper import Stepper, blind_spots, greedy
