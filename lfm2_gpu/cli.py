@@ -134,7 +134,7 @@ def _chat(options: argparse.Namespace) -> int:
 
 
 def _inspect(options: argparse.Namespace) -> int:
-    from lfm2_gpu.inspect import describe
+    from lfm2_gpu.describe import describe
 
     print(describe(options.path))
     return 0

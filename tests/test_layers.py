@@ -32,7 +32,7 @@ ALLOWED: dict[str, set[str]] = {
     "formats": BASE | {"config", "files", "lfm2_kernels.packing"},
     "model": BASE | {"lfm2_kernels", "config"},
     "loader": BASE | {"formats", "model", "config"},
-    "inspect": BASE | {"formats", "model.weights", "config", "assets"},
+    "describe": BASE | {"formats", "model.weights", "config", "assets"},
     "detokenizer": BASE,
     "tokenizer_file": BASE | {"files"},
     "tokenizer": BASE | {"api", "detokenizer", "tokenizer_file"},
@@ -50,7 +50,7 @@ ALLOWED: dict[str, set[str]] = {
     "terminal": BASE | {"api"},
     # lazily, by name
     "lfm2_gpu": {"api", "llm"},
-    "cli": {"lfm2_gpu", "api", "errors", "llm", "devices", "terminal", "inspect"},
+    "cli": {"lfm2_gpu", "api", "errors", "llm", "devices", "terminal", "describe"},
     "__main__": {"cli"},
 }
 # what of the standard library's outside a unit may import; missing here: anything
@@ -67,7 +67,7 @@ TORCHLESS = [
     "lfm2_gpu.config",
     "lfm2_gpu.output",
     "lfm2_gpu.vendor",
-    "lfm2_gpu.inspect",
+    "lfm2_gpu.describe",
     "lfm2_gpu.terminal",
     "lfm2_gpu.devices",
     "lfm2_gpu.assets",

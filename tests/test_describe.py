@@ -8,7 +8,7 @@ import pytest
 
 from checkpoints import build, edit_config
 from lfm2_gpu.errors import ModelFileError
-from lfm2_gpu.inspect import describe, inspect_checkpoint
+from lfm2_gpu.describe import describe, inspect_checkpoint
 from lfm2_gpu.loader import load_model
 from support import python_lines
 
@@ -65,7 +65,7 @@ def test_what_cannot_be_loaded_cannot_be_described(tmp_path: Path) -> None:
 
 def test_needs_no_torch(moe: Path) -> None:
     code = (
-        "import sys; from lfm2_gpu.inspect import describe; "
+        "import sys; from lfm2_gpu.describe import describe; "
         f"describe({str(moe)!r}); print('torch' in sys.modules, 'numpy' in sys.modules)"
     )
     assert python_lines(code) == ["False False"]
