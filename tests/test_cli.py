@@ -255,21 +255,29 @@ def test_show_writes_only_what_is_new_and_keeps_the_terminal_safe() -> None:
     assert tty.getvalue() == "ab\ufffd[2J\tc\n\ufffd!\n"
 
 
+class Interrupted(io.StringIO):
+    """Where Ctrl-C arrives while the second piece is written."""
+
+    def write(self, text: str) -> int:
+        if self.getvalue() and text != "\n":
+            raise KeyboardInterrupt
+        return super().write(text)
+
+
 def test_show_closes_the_stream_on_ctrl_c() -> None:
     closed = []
 
     def stream() -> Iterator[RequestOutput]:
         try:
-            yield next(outputs("part", "never"))
-            raise KeyboardInterrupt
+            yield from outputs("part", "part two", "never")
         finally:
             closed.append(True)
 
-    out = io.StringIO()
-    last, interrupted = show(stream(), out)
+    out, running = Interrupted(), stream()
+    last, interrupted = show(running, out)
     assert (out.getvalue(), interrupted, closed) == ("part\n", True, [True])
     assert last is not None
-    assert last.outputs[0].text == "part"
+    assert last.outputs[0].text == "part two"
 
 
 def test_footer_takes_the_engines_times() -> None:

@@ -16,7 +16,7 @@ import torch
 
 import lfm2_kernels as ops
 from lfm2_gpu.engine.config import EngineConfig
-from lfm2_gpu.engine.constraints import mask_words, next_token_mask
+from lfm2_gpu.engine.constraints import mask_words, next_token_mask, token_bits
 from lfm2_gpu.engine.request import Plan, TokenLogprobs
 from lfm2_gpu.engine.state import DeviceState
 from lfm2_gpu.engine.table import SlotTable
@@ -52,6 +52,7 @@ class Runner:
         self.state = DeviceState(model.config, config, model.dtype, model.device)
         self._model = model
         self._mask_words = mask_words(model.config.vocab_size)
+        self._real_ids = ~token_bits(config.unused_ids, self._mask_words)
 
     @torch.inference_mode()
     def run(self, plan: Plan, table: SlotTable) -> StepResult:
@@ -154,8 +155,9 @@ class Runner:
         self, plan: Plan, sampling: np.ndarray, table: SlotTable
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Masks ``[M, W]`` of the constrained rows, and each sampling row's mask or -1."""
-        masks: list[npt.NDArray[np.int32]] = []
-        rows = np.full(len(sampling), -1, np.int32)
+        # the op wants a buffer even when no row points at it
+        masks = [self._real_ids]
+        rows = np.full(len(sampling), 0 if self.config.unused_ids else -1, np.int32)
         for i, row in enumerate(sampling.tolist() if plan.requests else ()):
             request = plan.requests.get(row)
             if request is not None:
@@ -163,11 +165,9 @@ class Runner:
                 mask = next_token_mask(request, output, self._mask_words)
                 if mask is not None:
                     rows[i] = len(masks)
-                    masks.append(mask)
-        # the op wants a buffer even when no row points at it
-        buffer = np.stack(masks) if masks else np.zeros((1, self._mask_words), np.int32)
+                    masks.append(mask & self._real_ids)
         device = self._model.device
-        return torch.from_numpy(buffer).to(device), torch.from_numpy(rows).to(device)
+        return torch.from_numpy(np.stack(masks)).to(device), torch.from_numpy(rows).to(device)
 
     def _add_logprobs(
         self,

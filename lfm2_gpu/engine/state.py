@@ -72,7 +72,7 @@ class DeviceState:
         self.presence_penalty = column(torch.float32)
         self.frequency_penalty = column(torch.float32)
         self.seen = column(torch.int32, mask_words(model.vocab_size))
-        self.dense = DenseRows(slots, model.vocab_size, config.unused_ids, device)
+        self.dense = DenseRows(slots, model.vocab_size, device)
         self._device = device
 
     def apply(self, plan: Plan) -> None:
@@ -114,18 +114,14 @@ class DeviceState:
 class DenseRows:
     """Rows of vocabulary width for the requests that need them: output counts and logit bias.
 
-    A slot without them points at row 0, whose counts are zero and whose bias forbids the ids that
-    stand for no token; every other row's bias starts as a copy of it. Rows are taken at admission
-    and found again by slot, so a slot's next occupant takes its row over or lets it go.
+    A slot without them points at row 0, which means none. Rows are taken at admission and found
+    again by slot, so a slot's next occupant takes its row over or lets it go.
     """
 
-    def __init__(
-        self, slots: int, vocab_rows: int, unused_ids: Sequence[int], device: torch.device
-    ) -> None:
+    def __init__(self, slots: int, vocab_rows: int, device: torch.device) -> None:
         self.row = torch.zeros(slots, dtype=torch.int32, device=device)
         self.counts = torch.zeros(1, vocab_rows, dtype=torch.int32, device=device)
         self.logit_bias = torch.zeros(1, vocab_rows, dtype=torch.float32, device=device)
-        self.logit_bias[0, torch.tensor(unused_ids, dtype=torch.int64)] = float("-inf")
         self._row_of_slot: dict[int, int] = {}
         self._free: list[int] = []
 
@@ -147,11 +143,11 @@ class DenseRows:
         if request.output:
             drawn = torch.tensor(request.output, device=device)
             self.counts[row] = torch.bincount(drawn, minlength=self.counts.shape[1]).int()
-        self.logit_bias[row] = self.logit_bias[0]
+        self.logit_bias[row] = 0
         if params.logit_bias:
             ids = torch.tensor(list(params.logit_bias), device=device)
             values = torch.tensor(list(params.logit_bias.values()), dtype=torch.float32)
-            self.logit_bias[row, ids] += values.to(device)
+            self.logit_bias[row, ids] = values.to(device)
 
     def _take(self) -> int:
         if not self._free:

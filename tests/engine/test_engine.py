@@ -173,8 +173,11 @@ def test_ids_that_stand_for_no_token_are_never_drawn() -> None:
     (plain,) = engine.add("a", [3], hot, seed=0)
     biased = params(temperature=50.0, max_tokens=60, logit_bias={4: 90.0, 5: 2.0})
     (with_row,) = engine.add("b", [3], biased, seed=0)
+    allowed = params(temperature=50.0, max_tokens=60, allowed_token_ids=[2, 4, 7, 9])
+    (masked,) = engine.add("c", [3], allowed, seed=0)
     finish(engine)
     assert not set(unused) & set(plain.output + with_row.output)
+    assert set(masked.output) == {7, 9}
 
 
 def test_logprobs_are_those_of_the_models_logits() -> None:

@@ -21,6 +21,7 @@ from . import dialogues, sources, tool_calls
 from .template import Message, render
 from .tokenizer import (
     BOS_ID,
+    EOT_ID,
     loss_mask,
     save_tokenizer,
     strange_pieces,
@@ -91,16 +92,16 @@ def prose_rows(
 ) -> Iterator[list[int]]:
     """Yield rows of prose, each of one source, each starting with the begin-of-text token.
 
-    Short units (glosses, facts) are joined by newlines in random order; a chapter is cut in rows.
+    Units follow each other in random order, each closed by the end-of-text token; a long unit is cut.
     """
     by_source: dict[str, list[str]] = {}
     for source, text in units:
         by_source.setdefault(source, []).append(text)
     for source, texts in by_source.items():
         rng.shuffle(texts)
-        encoded = tokenizer.encode_batch([t + "\n" for t in texts], add_special_tokens=False)
-        stream = np.concatenate([np.asarray(e.ids, np.uint16) for e in encoded])
-        starts = np.cumsum([0] + [len(e.ids) for e in encoded])
+        encoded = tokenizer.encode_batch(texts, add_special_tokens=False)
+        stream = np.concatenate([np.asarray([*e.ids, EOT_ID], np.uint16) for e in encoded])
+        starts = np.cumsum([0] + [len(e.ids) + 1 for e in encoded])
         position = 0
         while position < len(stream):
             length = LONG_ROW_TOKENS if rng.random() < LONG_ROW_SHARE else ROW_TOKENS

@@ -29,8 +29,8 @@ from .muon import Muon
 from .prepare import KINDS
 
 # tokens of each kind in a step, and the weight of the kind's mean loss
-MICRO_TOKENS = {"prose": 2048, "tools": 2048, "chat": 1024}
-LOSS_WEIGHTS = {"prose": 0.45, "tools": 0.3, "chat": 0.25}
+MICRO_TOKENS = {"prose": 1536, "tools": 3072, "chat": 1024}
+LOSS_WEIGHTS = {"prose": 0.35, "tools": 0.45, "chat": 0.2}
 # rows are padded to this multiple: few shapes, see model._padded_experts
 WIDTH_MULTIPLE = 32
 PEAK_RATE = 3e-3
