@@ -64,7 +64,7 @@ class SamplingParams:
         top_p: Keep the smallest set of tokens with at least this mass, in (0, 1].
         top_k: Keep the k most likely tokens; 0 or -1 keeps all.
         min_p: Keep tokens with at least this fraction of the most likely one's probability.
-        repetition_penalty: CTRL's rule over prompt and output; 1 is off.
+        repetition_penalty: CTRL's rule over prompt and output, in [0.01, 100]; 1 is off.
         seed: Of the counter-based generator. ``None`` draws one, which the output reports.
         stop: Strings that end the text, at most 64.
         stop_token_ids: Tokens that end it, beside the model's end tokens.
@@ -131,7 +131,7 @@ class SamplingParams:
         _number("top_p", self.top_p, 0, 1, optional=True, open_low=True)
         _integer("top_k", self.top_k, 0, 2**31 - 1, optional=True)
         _number("min_p", self.min_p, 0, 1, optional=True)
-        _number("repetition_penalty", self.repetition_penalty, 0, 100, optional=True, open_low=True)
+        _number("repetition_penalty", self.repetition_penalty, 0.01, 100, optional=True)
         _number("presence_penalty", self.presence_penalty, -2, 2)
         _number("frequency_penalty", self.frequency_penalty, -2, 2)
         _integer("seed", self.seed, -(2**63), 2**64 - 1, optional=True)
@@ -248,7 +248,12 @@ class Usage:
 
 
 def _refuse(name: str, value: object, wanted: str) -> NoReturn:
-    raise InvalidRequest(f"{name} is {value!r}, want {wanted}", param=name)
+    try:
+        shown = repr(value)
+    except ValueError:
+        # an integer of more digits than Python prints
+        shown = "too long to print"
+    raise InvalidRequest(f"{name} is {shown[:200]}, want {wanted}", param=name)
 
 
 def _integer(name: str, value: object, low: int, high: int, *, optional: bool = False) -> None:
@@ -270,7 +275,8 @@ def _number(
     if value is None and optional:
         return
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or not low <= value <= high:
+    # the order matters: an integer too long for a float has no isfinite
+    if not number or not low <= value <= high or not math.isfinite(value):
         _refuse(name, value, f"a finite number in [{low}, {high}]")
     if open_low and value == low:
         _refuse(name, value, f"a number above {low}")
@@ -284,6 +290,8 @@ def _strings(name: str, values: object, most: int) -> tuple[str, ...]:
     for value in values:
         if not isinstance(value, str) or not value:
             _refuse(name, value, "non-empty strings")
+        if any("\ud800" <= char <= "\udfff" for char in value):
+            _refuse(name, value, "whole characters: it holds half of a surrogate pair")
     return tuple(values)
 
 

@@ -48,11 +48,11 @@ def parse_json(raw: bytes, source: str) -> dict[str, Any]:
     """Parse a JSON object strictly: no repeated key, no NaN, no bottomless nesting."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        seen = dict(pairs)
-        if len(seen) != len(pairs):
-            keys = [key for key, _ in pairs]
-            repeated = next(key for key in keys if keys.count(key) > 1)
-            raise ModelFileError(f"{source}: key {repeated[:80]!r} appears twice")
+        seen: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in seen:
+                raise ModelFileError(f"{source}: key {key[:80]!r} appears twice")
+            seen[key] = value
         return seen
 
     def constant(name: str) -> NoReturn:

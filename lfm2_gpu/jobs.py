@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from tqdm import tqdm
 
-from lfm2_gpu.api import CompletionOutput, FinishReason, RequestOutput
+from lfm2_gpu.api import CompletionOutput, FinishReason, RequestMetrics, RequestOutput
 from lfm2_gpu.engine.engine import Engine
 from lfm2_gpu.engine.request import Request, Status, TokenLogprobs
 from lfm2_gpu.output import ChoiceBuilder, LogprobEntry, logprob_dict
@@ -53,7 +53,7 @@ class Job:
             self._take_prompt_logprobs(request)
         self.output.finished = all(b.output.finish_reason is not None for b in self.builders)
         self.output.error = self.output.error or request.error
-        self.output.metrics = self.requests[0].metrics
+        self.output.metrics = _merged([r.metrics for r in self.requests])
 
     def _take_prompt_logprobs(self, request: Request) -> None:
         if self.output.prompt_logprobs is None:
@@ -94,6 +94,22 @@ class Progress:
             refresh=False,
         )
         self._bar.update()
+
+
+def _merged(parts: list[RequestMetrics]) -> RequestMetrics:
+    """The metrics of a request from those of its choices; a fresh object."""
+
+    def first(times: list[float | None]) -> float | None:
+        return min((t for t in times if t is not None), default=None)
+
+    finished = [p.finished_time for p in parts]
+    return RequestMetrics(
+        arrival_time=parts[0].arrival_time,
+        first_scheduled_time=first([p.first_scheduled_time for p in parts]),
+        first_token_time=first([p.first_token_time for p in parts]),
+        finished_time=None if None in finished else max(t for t in finished if t is not None),
+        num_preemptions=sum(p.num_preemptions for p in parts),
+    )
 
 
 def _entry(entry: TokenLogprobs) -> LogprobEntry:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,13 +14,15 @@ import torch
 from lfm2_gpu import assets
 from lfm2_gpu.api import RequestOutput, SamplingParams
 from lfm2_gpu.chat import ChatTemplate
+from lfm2_gpu.config import ModelConfig
 from lfm2_gpu.devices import select_device
 from lfm2_gpu.engine.engine import Engine
 from lfm2_gpu.engine.memory import free_bytes, plan_engine
 from lfm2_gpu.engine.runner import Runner
-from lfm2_gpu.errors import InvalidRequest
+from lfm2_gpu.errors import EngineError, InvalidRequest
 from lfm2_gpu.files import read_json
 from lfm2_gpu.formats.hub import resolve
+from lfm2_gpu.interrupts import uninterrupted
 from lfm2_gpu.jobs import Job, Progress
 from lfm2_gpu.loader import load_model
 from lfm2_gpu.output import ChoiceBuilder, bad_word_ids
@@ -62,7 +65,7 @@ class LLM:
 
     def __init__(
         self,
-        model: str,
+        model: str | os.PathLike[str],
         *,
         device: str = "auto",
         dtype: str = "auto",
@@ -75,11 +78,16 @@ class LLM:
         revision: str | None = None,
         skip_tokenizer_init: bool = False,
     ) -> None:
-        if not 0 < gpu_memory_utilization <= 1:
-            raise InvalidRequest(
-                f"gpu_memory_utilization is {gpu_memory_utilization}, want (0, 1]",
-                param="gpu_memory_utilization",
-            )
+        if not isinstance(model, (str, os.PathLike)) or not os.fspath(model):
+            raise InvalidRequest(f"model is {model!r}, want a folder or a hub id", param="model")
+        model = os.fspath(model)
+        _check_utilization(gpu_memory_utilization)
+        _check_size("max_model_len", max_model_len)
+        _check_size("max_num_seqs", max_num_seqs)
+        _check_size("max_num_batched_tokens", max_num_batched_tokens)
+        _check_size("num_gpu_blocks_override", num_gpu_blocks_override)
+        if isinstance(seed, bool) or not isinstance(seed, int):
+            raise InvalidRequest(f"seed is {seed!r}, want an integer", param="seed")
         target, message = select_device(device)
         logger.info(message)
         on_gpu = target.type == "cuda"
@@ -87,6 +95,7 @@ class LLM:
             folder = assets.path(model)
         else:
             folder = resolve(model, revision=revision)
+        _check_context(max_model_len, ModelConfig.from_file(folder))
         self.tokenizer: Tokenizer | None = None
         self._template: ChatTemplate | None = None
         if not skip_tokenizer_init:
@@ -109,6 +118,7 @@ class LLM:
             dtype=loaded.dtype,
             budget=free_bytes(target, gpu_memory_utilization),
             max_model_len=max_model_len or config.default_max_model_len,
+            # a checked size is never 0
             max_num_seqs=max_num_seqs or (256 if on_gpu else 32),
             max_num_batched_tokens=max_num_batched_tokens or (8192 if on_gpu else 512),
             vocab_size=vocab_size,
@@ -147,7 +157,8 @@ class LLM:
         Raises:
             InvalidRequest: A prompt or a parameter cannot be honoured. Nothing is generated then.
         """
-        many = [prompts] if isinstance(prompts, (str, Mapping)) else list(prompts)
+        one = isinstance(prompts, (str, Mapping))
+        many: Sequence[Any] = [prompts] if one else _sequence("prompts", prompts)
         encoded = [self._encode(prompt) for prompt in many]
         return self._run(encoded, self._params_for(sampling_params, len(many)), use_tqdm)
 
@@ -170,8 +181,9 @@ class LLM:
         Raises:
             InvalidRequest: A message or parameter cannot be honoured.
         """
-        one = bool(messages) and isinstance(messages[0], Mapping)
-        many: Sequence[Any] = [messages] if one else messages
+        many = _sequence("messages", messages)
+        if many and isinstance(many[0], Mapping):
+            many = [many]
         encoded = [self._encode_chat(conversation, tools) for conversation in many]
         return self._run(encoded, self._params_for(sampling_params, len(many)), use_tqdm)
 
@@ -191,8 +203,9 @@ class LLM:
         else:
             encoded = self._encode_chat(prompt, tools)
         (params,) = self._params_for(sampling_params, 1)
-        job = self._submit(encoded, params, watched=True)
+        jobs: list[Job] = []
         try:
+            job = self._submit(encoded, params, jobs, watched=True)
             finished = False
             while not finished:
                 # a step taken for another caller moves this one too, maybe to its end
@@ -201,19 +214,24 @@ class LLM:
                 job.moved, finished = False, job.output.finished
                 yield job.snapshot()
         finally:
-            self._drop(job)
+            self._drop(jobs)
 
     # ---- prompts to tokens
 
     def _encode(self, prompt: Prompt) -> tuple[str | None, list[int]]:
         if isinstance(prompt, str):
             return prompt, self._need_tokenizer().encode(prompt, add_special_tokens=True)
-        unknown = sorted(set(prompt) - {"prompt_token_ids", "prompt"})
-        if unknown or "prompt_token_ids" not in prompt:
+        if not isinstance(prompt, Mapping):
+            got = type(prompt).__name__
+            raise InvalidRequest(f"prompt is {got}, want a string or token ids", param="prompt")
+        if set(prompt) - {"prompt"} != {"prompt_token_ids"}:
             raise InvalidRequest(
-                f"prompt has the keys {sorted(prompt)}, want prompt_token_ids", param="prompt"
+                f"prompt has the keys {list(prompt)!r}, want prompt_token_ids", param="prompt"
             )
-        return prompt.get("prompt"), list(prompt["prompt_token_ids"])
+        text = prompt.get("prompt")
+        if text is not None and not isinstance(text, str):
+            raise InvalidRequest(f"prompt is {type(text).__name__}, want a string", param="prompt")
+        return text, list(_sequence("prompt_token_ids", prompt["prompt_token_ids"]))
 
     def _encode_chat(
         self, messages: Messages, tools: Sequence[Mapping[str, Any]] | None
@@ -239,6 +257,12 @@ class LLM:
             params = self.default_sampling_params
         if isinstance(params, SamplingParams):
             params = [params] * count
+        for p in _sequence("sampling_params", params):
+            if not isinstance(p, SamplingParams):
+                got = type(p).__name__
+                raise InvalidRequest(
+                    f"sampling_params holds {got}, want SamplingParams", param="sampling_params"
+                )
         if len(params) != count:
             raise InvalidRequest(
                 f"{len(params)} sampling_params for {count} prompts, want one for each",
@@ -248,45 +272,59 @@ class LLM:
 
     # ---- requests to outputs
 
-    def _submit(
-        self, encoded: tuple[str | None, list[int]], params: SamplingParams, *, watched: bool
-    ) -> Job:
-        text, ids = encoded
+    def _check(self, ids: Sequence[int], params: SamplingParams) -> None:
         if self.tokenizer is None and (params.stop or params.bad_words):
             raise InvalidRequest(
                 "stop and bad_words are text and skip_tokenizer_init is set, want stop_token_ids",
                 param="stop" if params.stop else "bad_words",
             )
+        self.engine.validate(ids, params)
+
+    def _submit(
+        self,
+        encoded: tuple[str | None, list[int]],
+        params: SamplingParams,
+        jobs: list[Job],
+        *,
+        watched: bool = False,
+    ) -> Job:
+        """Hand a request to the engine and append its job to ``jobs``, both or neither."""
+        text, ids = encoded
+        self._check(ids, params)
         bad_words = bad_word_ids(params.bad_words, self.tokenizer) if self.tokenizer else []
         seed = self._seeds.getrandbits(63) if params.seed is None else params.seed
         self._count += 1
         request_id = str(self._count)
-        requests = self.engine.add(
-            request_id,
-            ids,
-            params,
-            seed=seed,
-            bad_words=bad_words,
-            watched=watched or bool(params.stop),
-        )
-        builders = [ChoiceBuilder(r.index, params, self.tokenizer) for r in requests]
-        output = RequestOutput(
-            request_id=request_id,
-            prompt=text,
-            prompt_token_ids=ids,
-            outputs=[builder.output for builder in builders],
-            finished=False,
-            seed=seed,
-        )
-        job = Job(requests, builders, output, self.tokenizer)
-        self._jobs.update((id(request), job) for request in requests)
+        with uninterrupted():
+            requests = self.engine.add(
+                request_id,
+                ids,
+                params,
+                seed=seed,
+                bad_words=bad_words,
+                watched=watched or bool(params.stop),
+            )
+            builders = [ChoiceBuilder(r.index, params, self.tokenizer) for r in requests]
+            output = RequestOutput(
+                request_id=request_id,
+                prompt=text,
+                prompt_token_ids=ids,
+                outputs=[builder.output for builder in builders],
+                finished=False,
+                seed=seed,
+            )
+            job = Job(requests, builders, output, self.tokenizer)
+            self._jobs.update((id(request), job) for request in requests)
+            jobs.append(job)
         return job
 
-    def _drop(self, job: Job) -> None:
-        """Forget a job; what still runs of it ends."""
-        self.engine.abort(job.requests)
-        for request in job.requests:
-            del self._jobs[id(request)]
+    def _drop(self, jobs: Sequence[Job]) -> None:
+        """Forget jobs; what still runs of them ends."""
+        with uninterrupted():
+            for job in jobs:
+                self.engine.abort(job.requests)
+                for request in job.requests:
+                    del self._jobs[id(request)]
 
     def _run(
         self,
@@ -294,10 +332,13 @@ class LLM:
         params: Sequence[SamplingParams],
         use_tqdm: bool,
     ) -> list[RequestOutput]:
+        # all are looked at before the first one takes a seed
+        for (_, ids), p in zip(encoded, params, strict=True):
+            self._check(ids, p)
         jobs: list[Job] = []
         try:
             for item, p in zip(encoded, params, strict=True):
-                jobs.append(self._submit(item, p, watched=False))
+                self._submit(item, p, jobs)
             with Progress(len(jobs), enabled=use_tqdm) as progress:
                 waiting = set(jobs)
                 while waiting:
@@ -306,21 +347,53 @@ class LLM:
                         waiting.remove(job)
                         progress.add(job.output)
         finally:
-            # a refused prompt or an interrupt leaves nothing behind
-            for job in jobs:
-                self._drop(job)
+            # an interrupt leaves nothing behind
+            self._drop(jobs)
         return [job.output for job in jobs]
 
     def _step(self) -> list[Job]:
         """One engine step; the jobs that it finished."""
+        if not self.engine.has_unfinished:
+            raise EngineError("a request was lost: the engine has no work and its caller waits")
         finished: list[Job] = []
-        for request in self.engine.step():
-            job = self._jobs[id(request)]
-            if not job.output.finished:
-                job.advance(request, self.engine)
-                if job.output.finished:
-                    finished.append(job)
+        with uninterrupted():
+            for request in self.engine.step():
+                job = self._jobs[id(request)]
+                if not job.output.finished:
+                    job.advance(request, self.engine)
+                    if job.output.finished:
+                        finished.append(job)
         return finished
+
+
+def _check_size(name: str, value: object) -> None:
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if value is not None and not (whole and 0 < value < 2**31):  # type: ignore[operator]
+        raise InvalidRequest(f"{name} is {value!r}, want a positive integer", param=name)
+
+
+def _check_utilization(value: object) -> None:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not 0 < value <= 1:  # type: ignore[operator]
+        raise InvalidRequest(
+            f"gpu_memory_utilization is {value!r}, want (0, 1]", param="gpu_memory_utilization"
+        )
+
+
+def _check_context(max_model_len: int | None, config: ModelConfig) -> None:
+    most = config.max_position_embeddings
+    if max_model_len is not None and max_model_len > most:
+        raise InvalidRequest(
+            f"max_model_len is {max_model_len}, want at most {most}, "
+            "the max_position_embeddings of the checkpoint",
+            param="max_model_len",
+        )
+
+
+def _sequence(name: str, value: object) -> Sequence[Any]:
+    if isinstance(value, (str, bytes)) or not isinstance(value, Sequence):
+        raise InvalidRequest(f"{name} is {type(value).__name__}, want a list", param=name)
+    return value
 
 
 def _dtype(name: str, on_gpu: bool) -> torch.dtype | None:

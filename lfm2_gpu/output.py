@@ -72,8 +72,11 @@ class ChoiceBuilder:
             if self._detokenizer is not None and self._params.include_stop_str_in_output:
                 text = self._detokenizer.push([end_token])
         if self._detokenizer is not None and not isinstance(stop_reason, str):
-            self._add_text(text + self._detokenizer.flush())
-            if self._stops is not None:
+            stop = self._add_text(text + self._detokenizer.flush())
+            if stop is not None:
+                # what an unfinished character was replaced with may complete a stop string
+                reason, stop_reason = FinishReason.STOP, stop
+            elif self._stops is not None:
                 self.output.text += self._stops.flush()
         self.output.finish_reason, self.output.stop_reason = reason, stop_reason
 
@@ -104,11 +107,13 @@ def logprob_dict(entry: LogprobEntry, tokenizer: Tokenizer | None) -> dict[int, 
 
 
 def bad_word_ids(words: Sequence[str], tokenizer: Tokenizer) -> list[list[int]]:
-    """Token sequences of each word, alone and after a space."""
-    sequences = []
+    """Token sequences of each word: alone, after a space, and as control tokens it may spell."""
+    sequences: list[list[int]] = []
     for word in words:
-        for text in (word, " " + word.lstrip()):
-            ids = tokenizer.encode(text, add_special_tokens=False)
-            if ids and ids not in sequences:
-                sequences.append(ids)
+        variants = [
+            tokenizer.encode(word, add_special_tokens=False, allow_special=True),
+            tokenizer.encode(word, add_special_tokens=False),
+            tokenizer.encode(" " + word.lstrip(), add_special_tokens=False),
+        ]
+        sequences += [ids for ids in variants if ids and ids not in sequences]
     return sequences

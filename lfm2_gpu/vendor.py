@@ -54,7 +54,7 @@ _RANGES = {
     "temperature": (0, 100, False),
     "top_p": (0, 1, True),
     "min_p": (0, 1, False),
-    "repetition_penalty": (0, 100, True),
+    "repetition_penalty": (0.01, 100, False),
 }
 
 

@@ -39,11 +39,12 @@ ALLOWED: dict[str, set[str]] = {
     "chat": BASE | {"api", "files"},
     "engine": BASE | {"model", "lfm2_kernels", "config", "api"},
     "server": BASE | {"api", "tokenizer", "chat", "engine.client"},
+    "interrupts": set(),
     "output": {"api", "detokenizer", "tokenizer"},
     "jobs": {"api", "engine", "output", "tokenizer"},
     "llm": BASE
     | {"engine", "loader", "formats.hub", "tokenizer", "chat", "api", "config"}
-    | {"devices", "assets", "files", "jobs", "output", "vendor"},
+    | {"devices", "assets", "files", "interrupts", "jobs", "output", "vendor"},
     "bench": BASE
     | {"llm", "engine", "server", "lfm2_kernels", "api", "config", "devices", "lfm2_gpu"},
     "plugs": BASE | {"llm", "engine", "server", "lfm2_kernels", "api"},

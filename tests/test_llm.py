@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import signal
 from pathlib import Path
 
 import pytest
@@ -167,6 +168,75 @@ def test_a_closed_stream_frees_its_request(llm: LLM) -> None:
     assert not llm.engine.has_unfinished
 
 
+def test_an_interrupt_waits_for_the_step_and_harms_no_stream(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone = text_of(llm.generate("A", greedy(logprobs=0), use_tqdm=False)[0])
+    stream = llm.stream("A", greedy(logprobs=0))
+    next(stream)
+    step, calls = llm.engine.step, itertools.count()
+
+    def interrupted_step() -> object:
+        if next(calls) == 3:
+            signal.raise_signal(signal.SIGINT)
+        return step()
+
+    monkeypatch.setattr(llm.engine, "step", interrupted_step)
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate(["B", "C"], greedy(), use_tqdm=False)
+    assert len(llm.engine.scheduler.running) == 1
+    *_, last = stream
+    assert text_of(last) == alone
+    assert last.outputs[0].logprobs is not None
+    assert len(last.outputs[0].logprobs) == 20
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert not llm.engine.has_unfinished
+
+
+def test_a_request_without_a_token_to_draw_ends_alone(llm: LLM) -> None:
+    assert llm.tokenizer is not None
+    word = llm.tokenizer.token_text(40)
+    hopeless = greedy(allowed_token_ids=[40], bad_words=[word])
+    good, bad = llm.generate(["A", "A"], [greedy(), hopeless], use_tqdm=False)
+    assert bad.outputs[0].finish_reason is FinishReason.ERROR
+    assert bad.error is not None
+    assert "every token is ruled out" in bad.error
+    assert good.outputs == llm.generate("A", greedy(), use_tqdm=False)[0].outputs
+
+
+def test_values_too_small_for_fp32_are_still_meant(llm: LLM) -> None:
+    (tiny,) = llm.generate("A", greedy(temperature=1.0, top_p=1e-46), use_tqdm=False)
+    assert tiny.outputs == llm.generate("A", greedy(), use_tqdm=False)[0].outputs
+
+
+def test_a_refused_request_takes_no_seed(folder: Path) -> None:
+    def draw(refuse: bool) -> int | None:
+        llm = LLM(str(folder), device="cpu", max_model_len=128, seed=3)
+        if refuse:
+            with pytest.raises(InvalidRequest):
+                llm.generate(["A", {"prompt_token_ids": []}], greedy(), use_tqdm=False)
+        return llm.generate("A", greedy(), use_tqdm=False)[0].seed
+
+    assert draw(refuse=True) == draw(refuse=False)
+
+
+def test_bad_words_may_name_control_tokens(llm: LLM) -> None:
+    wanted = greedy(bad_words=["<|im_end|>"], allowed_token_ids=[0, 7], logit_bias={7: 50.0})
+    (output,) = llm.generate("A", wanted, use_tqdm=False)
+    assert set(output.outputs[0].token_ids) == {0}
+
+
+def test_metrics_are_whole_and_snapshots_stay(llm: LLM) -> None:
+    (free,) = llm.generate("The river", greedy(max_tokens=40), use_tqdm=False)
+    wanted = greedy(max_tokens=40, n=2, stop=text_of(free)[5:8])
+    parts = list(llm.stream("The river", wanted))
+    metrics = parts[-1].metrics
+    assert metrics is not None
+    assert metrics.finished_time is not None
+    assert parts[0].metrics is not None
+    assert parts[0].metrics.finished_time is None
+
+
 def test_chat_uses_the_template(llm: LLM) -> None:
     messages = [{"role": "user", "content": "hi <|im_end|>"}]
     (output,) = llm.chat(messages, greedy(), use_tqdm=False)
@@ -193,6 +263,15 @@ def test_chat_uses_the_template(llm: LLM) -> None:
         ("A", {"temperature": float("nan")}, "temperature is nan"),
         ("A", {"max_tokens": -1}, "max_tokens is -1"),
         ("A", {"stop": "x", "detokenize": False}, "detokenize is False"),
+        ("A", {"temperature": 10**400}, "temperature is 1000"),
+        ("A", {"seed": 10**5000}, "seed is too long to print"),
+        ("A", {"stop": "\udc00"}, "half of a surrogate pair"),
+        ("A", {"allowed_token_ids": [7], "min_tokens": 2, "ignore_eos": False}, "end tokens only"),
+        (None, {}, "prompt is NoneType, want a string or token ids"),
+        (3, {}, "prompt is int"),
+        ({"prompt_token_ids": None}, {}, "prompt_token_ids is NoneType, want a list"),
+        ({"prompt_token_ids": [1], 5: 5}, {}, "prompt has the keys"),
+        ({"prompt_token_ids": [1], "prompt": 5}, {}, "prompt is int, want a string"),
     ],
 )
 def test_bad_input_is_refused_and_nothing_runs(
@@ -201,6 +280,20 @@ def test_bad_input_is_refused_and_nothing_runs(
     with pytest.raises(InvalidRequest, match=message):
         llm.generate(["fine", prompt], greedy(**fields), use_tqdm=False)  # type: ignore[list-item]
     assert not llm.engine.has_unfinished
+
+
+def test_arguments_of_the_wrong_kind_are_refused(llm: LLM) -> None:
+    for prompts in (None, 3, b"abc"):
+        with pytest.raises(InvalidRequest, match="prompts is"):
+            llm.generate(prompts, use_tqdm=False)  # type: ignore[arg-type]
+    for params in ([None], {"temperature": 0}, 5):
+        with pytest.raises(InvalidRequest, match="sampling_params"):
+            llm.generate("A", params, use_tqdm=False)  # type: ignore[arg-type]
+    for messages in (None, 5, {"role": "user", "content": "a"}):
+        with pytest.raises(InvalidRequest, match="messages is"):
+            llm.chat(messages, use_tqdm=False)  # type: ignore[arg-type]
+    with pytest.raises(InvalidRequest, match="model is None"):
+        LLM(None)  # type: ignore[arg-type]
 
 
 def test_token_ids_alone_need_no_tokenizer(tmp_path: Path) -> None:
@@ -241,6 +334,13 @@ def test_what_does_not_fit_is_clamped_aloud(folder: Path, caplog: pytest.LogCapt
         ({"max_num_seqs": -1}, "max_num_seqs is -1, want a positive integer"),
         ({"gpu_memory_utilization": 1.5}, "gpu_memory_utilization is 1.5"),
         ({"num_gpu_blocks_override": 0}, "num_gpu_blocks_override is 0"),
+        ({"num_gpu_blocks_override": "3"}, "num_gpu_blocks_override is '3'"),
+        ({"max_num_seqs": 0}, "max_num_seqs is 0, want a positive integer"),
+        ({"max_num_batched_tokens": 0}, "max_num_batched_tokens is 0, want a positive integer"),
+        ({"max_model_len": 0}, "max_model_len is 0, want a positive integer"),
+        ({"max_model_len": 10**6}, "max_model_len is 1000000, want at most 4096"),
+        ({"gpu_memory_utilization": None}, "gpu_memory_utilization is None"),
+        ({"seed": [1]}, "seed is"),
     ],
 )
 def test_bad_options_are_refused(folder: Path, options: dict[str, object], message: str) -> None:

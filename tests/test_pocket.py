@@ -85,7 +85,7 @@ def test_config_shape() -> None:
 def test_generation_config_ends_turns() -> None:
     generation = read_json("generation_config.json")
     assert generation["bos_token_id"] == SPECIAL_IDS["<|startoftext|>"]
-    assert generation["eos_token_id"] == SPECIAL_IDS["<|im_end|>"]
+    assert generation["eos_token_id"] == [SPECIAL_IDS["<|im_end|>"], SPECIAL_IDS["<|endoftext|>"]]
     assert generation["pad_token_id"] == SPECIAL_IDS["<|pad|>"]
 
 

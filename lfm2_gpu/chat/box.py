@@ -100,6 +100,10 @@ class BoxedRenderer:
                 process.wait(1)
             self._drop()
             raise TemplateFailure(_cause_of_death(process.returncode)) from None
+        except BaseException:
+            # an answer left in the pipe would be taken for the next request's
+            self._drop()
+            raise
         if "failure" in answer:
             raise TemplateFailure(answer["failure"], by_request=answer["by_request"])
         return answer

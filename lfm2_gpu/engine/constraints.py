@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lfm2_gpu.engine.request import Request
+from lfm2_gpu.engine.table import SlotTable
 
 __all__ = ["mask_words", "next_token_mask", "token_bits"]
 
@@ -30,19 +31,21 @@ def token_bits(token_ids: Sequence[int] | npt.NDArray[np.int32], words: int) -> 
     return np.packbits(flags, bitorder="little").view(np.int32)
 
 
-def next_token_mask(request: Request, output: Sequence[int], words: int) -> Words | None:
-    """Tokens that ``request`` may draw after ``output``, or ``None`` if any will do.
+def next_token_mask(request: Request, table: SlotTable, words: int) -> Words | None:
+    """Tokens that a running request may draw next, or ``None`` if any will do.
 
     Honours ``allowed_token_ids``, ``min_tokens`` (no stop token before) and ``bad_words`` (no last
     token of a sequence whose other tokens were just drawn).
     """
-    params = request.params
-    forbidden = [
-        bad[-1]
-        for bad in request.bad_words
-        if len(bad) == 1 or tuple(output[-(len(bad) - 1) :]) == bad[:-1]
-    ]
-    if len(output) < params.min_tokens:
+    params, known = request.params, int(table.known[request.slot])
+    drawn = known - len(request.prompt)
+    forbidden = []
+    for bad in request.bad_words:
+        before = len(bad) - 1
+        just_drawn = table.tokens[request.slot, known - before : known].tolist()
+        if before <= drawn and just_drawn == list(bad[:-1]):
+            forbidden.append(bad[-1])
+    if drawn < params.min_tokens:
         forbidden += request.stop_ids
     if params.allowed_token_ids is None and not forbidden:
         return None

@@ -67,13 +67,11 @@ class Engine:
             InvalidRequest: The prompt is empty, too long, or has an id out of range, or a field of
                 ``params`` does not fit this engine.
         """
-        self._validate(prompt, params)
+        self.validate(prompt, params)
         limit = self.config.max_model_len
         if params.max_tokens is not None:
             limit = min(limit, len(prompt) + params.max_tokens)
-        eos = () if params.ignore_eos else self.config.eos_token_ids
-        # params hold stop_token_ids as a tuple; an id in both lists counts once
-        stop_ids = tuple(dict.fromkeys((*eos, *params.stop_token_ids)))
+        stop_ids = self._stop_ids(params)
         now = time.monotonic()
         requests = [
             Request(
@@ -94,7 +92,13 @@ class Engine:
             self.scheduler.add(request)
         return requests
 
-    def _validate(self, prompt: Sequence[int], params: SamplingParams) -> None:
+    def _stop_ids(self, params: SamplingParams) -> tuple[int, ...]:
+        eos = () if params.ignore_eos else self.config.eos_token_ids
+        # an id in both lists counts once
+        return tuple(dict.fromkeys((*eos, *params.stop_token_ids)))
+
+    def validate(self, prompt: Sequence[int], params: SamplingParams) -> None:
+        """Raise what ``add`` would raise, and queue nothing."""
         vocab, longest = self.config.vocab_size, self.config.max_model_len
         if not prompt:
             raise InvalidRequest("the prompt is empty, want at least one token", param="prompt")
@@ -116,10 +120,21 @@ class Engine:
                 param="min_tokens",
             )
 
+        allowed = set(params.allowed_token_ids or ())
+        if params.min_tokens and allowed and allowed <= set(self._stop_ids(params)):
+            raise InvalidRequest(
+                f"allowed_token_ids holds end tokens only, and min_tokens is {params.min_tokens}: "
+                "no token could be drawn",
+                param="allowed_token_ids",
+            )
+
     def abort(self, requests: Sequence[Request], reason: FinishReason = FinishReason.ABORT) -> None:
         """End requests in any state; their slots and pages are free at once."""
+        now = time.monotonic()
         for request in requests:
-            self.scheduler.abort(request, reason)
+            if request.status is not Status.FINISHED:
+                self.scheduler.abort(request, reason)
+                request.metrics.finished_time = now
 
     def output_since(self, request: Request, start: int) -> list[int]:
         """Tokens of a request that were drawn and read so far, from the ``start``-th on."""
@@ -178,10 +193,13 @@ class Engine:
 
 def _in_vocabulary(name: str, ids: Sequence[int], vocab_size: int) -> None:
     for token in ids:
-        if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocab_size:
-            raise InvalidRequest(
-                f"{name} holds {token!r}, want integers in [0, {vocab_size})", param=name
-            )
+        if isinstance(token, bool) or not isinstance(token, int):
+            got = repr(token)[:80]
+        elif 0 <= token < vocab_size:
+            continue
+        else:
+            got = str(token) if abs(token) < 2**64 else "an integer beyond 64 bits"
+        raise InvalidRequest(f"{name} holds {got}, want integers in [0, {vocab_size})", param=name)
 
 
 def _signed_64(seed: int) -> int:

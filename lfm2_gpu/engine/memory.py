@@ -11,7 +11,7 @@ from lfm2_gpu.config import ModelConfig
 from lfm2_gpu.engine.config import EngineConfig, pages_for
 from lfm2_gpu.engine.scheduler import PROMPT_LOGPROBS_CHUNK
 from lfm2_gpu.engine.state import state_bytes
-from lfm2_gpu.errors import CapacityError, InvalidRequest
+from lfm2_gpu.errors import CapacityError
 
 __all__ = ["free_bytes", "plan_engine"]
 
@@ -64,11 +64,6 @@ def plan_engine(
     most = sized(max_num_seqs * pages_for(max_model_len), max_model_len)
     if num_gpu_blocks_override is not None:
         num_pages = num_gpu_blocks_override
-        if num_pages < 1:
-            raise InvalidRequest(
-                f"num_gpu_blocks_override is {num_pages}, want at least 1",
-                param="num_gpu_blocks_override",
-            )
     else:
         fixed = state_bytes(model, most, dtype)
         page = fixed.pop("kv_pages") // (most.num_pages + 1)

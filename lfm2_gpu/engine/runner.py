@@ -33,7 +33,8 @@ class StepResult:
     """What a step drew.
 
     Attributes:
-        tokens: One per sampling row, in row order; -1 where the row's logits were not finite.
+        tokens: One per sampling row, in row order; -1 where no token could be drawn: the logits
+            were not finite, or masks and penalties left none.
         logprobs: By row, for the rows that asked.
         prompt_logprobs: By row: (position, entry) of each prompt token whose predecessor was in
             this step's chunk.
@@ -149,7 +150,8 @@ class Runner:
             dense_rows=state.dense.row,
         )
         state.last_token[slots.long()] = tokens
-        return torch.where(torch.isfinite(logits).all(dim=1), tokens, -1)
+        # NaN and +inf show in a row's maximum, and a row without any token left has -inf
+        return torch.where(torch.isfinite(processed.amax(dim=1)), tokens, -1)
 
     def _masks(
         self, plan: Plan, sampling: np.ndarray, table: SlotTable
@@ -161,8 +163,7 @@ class Runner:
         for i, row in enumerate(sampling.tolist() if plan.requests else ()):
             request = plan.requests.get(row)
             if request is not None:
-                output = table.output_since(request, 0)
-                mask = next_token_mask(request, output, self._mask_words)
+                mask = next_token_mask(request, table, self._mask_words)
                 if mask is not None:
                     rows[i] = len(masks)
                     masks.append(mask & self._real_ids)

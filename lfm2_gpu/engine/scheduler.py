@@ -27,6 +27,7 @@ __all__ = ["Scheduler"]
 
 # tokens of a step that may need logits of their own: [512, 65,536] fp32 is 134 MB
 PROMPT_LOGPROBS_CHUNK = 512
+NO_TOKEN = "no token can be drawn: the logits are not finite, or every token is ruled out"
 
 
 class Scheduler:
@@ -213,7 +214,7 @@ class Scheduler:
     def commit(self, plan: Plan, tokens: np.ndarray) -> list[Request]:
         """Take the tokens of a finished step, one per sampling row in row order.
 
-        A negative token says that the row's logits were not finite: that request ends in error.
+        A negative token says that none could be drawn: that request ends in error.
 
         Returns:
             The requests that ended, and those that are watched and went on.
@@ -232,7 +233,7 @@ class Scheduler:
         table.planned[slots[~good]] -= 1
         for slot in slots[~good].tolist():
             request = self.running[slot]
-            self.abort(request, FinishReason.ERROR, "the model's logits are not finite")
+            self.abort(request, FinishReason.ERROR, NO_TOKEN)
             touched.append(request)
         slots, tokens = slots[good], tokens[good]
         at = table.known[slots]
@@ -277,7 +278,7 @@ class Scheduler:
             # aborted, or stopped by the token before this one: the overrun is dropped
             return []
         if token < 0:
-            self.abort(request, FinishReason.ERROR, "the model's logits are not finite")
+            self.abort(request, FinishReason.ERROR, NO_TOKEN)
             return [request]
         request.output.append(token)
         if not self._end_if_done(request, token, request.num_tokens):

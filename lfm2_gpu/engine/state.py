@@ -21,6 +21,8 @@ from lfm2_gpu.model.batch import StatePools
 
 __all__ = ["DeviceState", "state_bytes"]
 
+MIN_TOP_P = 2.0**-126
+
 
 def state_bytes(model: ModelConfig, config: EngineConfig, dtype: torch.dtype) -> dict[str, int]:
     """Bytes of each part of the device state, before any of it is taken."""
@@ -32,6 +34,8 @@ def state_bytes(model: ModelConfig, config: EngineConfig, dtype: torch.dtype) ->
         "conv_state": ring * dtype.itemsize,
         "page_table": slots * pages_for(config.max_model_len) * 4,
         "penalty_masks": slots * width * 4,
+        # counts and biases, if every slot uses them, and half of them again while they grow
+        "dense_rows": slots * model.vocab_size * 12,
     }
 
 
@@ -92,7 +96,8 @@ class DeviceState:
         for column, values in (
             (self.temperature, [p.temperature for p in params]),
             (self.top_k, [p.top_k for p in params]),
-            (self.top_p, [p.top_p for p in params]),
+            # what fp32 would round to 0 keeps the most likely token, as any small top_p does
+            (self.top_p, [max(p.top_p or 0.0, MIN_TOP_P) for p in params]),
             (self.min_p, [p.min_p for p in params]),
             (self.seeds, [r.seed for r in requests]),
             (self.choices, [r.index for r in requests]),

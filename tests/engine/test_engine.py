@@ -224,7 +224,8 @@ def test_a_request_with_broken_numbers_ends_alone() -> None:
     (bad,) = engine.add("bad", [4, 99, 5], allowed, seed=9)
     finish(engine)
     assert (bad.status, bad.finish_reason) == (Status.FINISHED, FinishReason.ERROR)
-    assert bad.error == "the model's logits are not finite"
+    assert bad.error is not None
+    assert "the logits are not finite" in bad.error
     assert bad.output == []
     for i, request in enumerate(good):
         assert request.output == outputs([[i, i + 1]], allowed)[0]

@@ -12,9 +12,10 @@ from typing import Any, Protocol
 import torch
 from transformers import GenerationConfig, Lfm2MoeForCausalLM
 
-from .tokenizer import IM_END_ID, PAD_ID
+from .tokenizer import EOT_ID, IM_END_ID, PAD_ID
 
 BATCH = 25
+END_IDS = (IM_END_ID, EOT_ID)
 
 
 class Backend(Protocol):
@@ -24,9 +25,13 @@ class Backend(Protocol):
         """Return, for each row, the natural log-probability of every token after the first."""
 
     def generate(
-        self, prompts: list[list[int]], max_tokens: int, sampling: dict[str, Any]
+        self,
+        prompts: list[list[int]],
+        max_tokens: int,
+        sampling: dict[str, Any],
+        ignore_eos: bool = False,
     ) -> list[list[int]]:
-        """Return the new tokens of each prompt, up to its end token, which is left out."""
+        """Return the new tokens of each prompt, up to an end token, which is left out."""
 
 
 class TransformersBackend:
@@ -59,23 +64,31 @@ class TransformersBackend:
         return scored
 
     def generate(
-        self, prompts: list[list[int]], max_tokens: int, sampling: dict[str, Any]
+        self,
+        prompts: list[list[int]],
+        max_tokens: int,
+        sampling: dict[str, Any],
+        ignore_eos: bool = False,
     ) -> list[list[int]]:
-        """Return the new tokens of each prompt, up to its end token, which is left out."""
+        """Return the new tokens of each prompt, up to an end token, which is left out."""
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         texts: list[list[int]] = [[] for _ in prompts]
         for start in range(0, len(order), BATCH):
             chosen = order[start : start + BATCH]
             for i, ids in zip(
                 chosen,
-                self._generate([prompts[i] for i in chosen], max_tokens, sampling),
+                self._generate([prompts[i] for i in chosen], max_tokens, sampling, ignore_eos),
                 strict=True,
             ):
                 texts[i] = ids
         return texts
 
     def _generate(
-        self, prompts: list[list[int]], max_tokens: int, sampling: dict[str, Any]
+        self,
+        prompts: list[list[int]],
+        max_tokens: int,
+        sampling: dict[str, Any],
+        ignore_eos: bool = False,
     ) -> list[list[int]]:
         width = max(map(len, prompts))
         pads = [width - len(p) for p in prompts]
@@ -87,9 +100,14 @@ class TransformersBackend:
                 [[0] * n + [1] * len(p) for n, p in zip(pads, prompts, strict=True)]
             ),
             max_new_tokens=max_tokens,
-            eos_token_id=IM_END_ID,
+            eos_token_id=None if ignore_eos else list(END_IDS),
             pad_token_id=PAD_ID,
             **sampling,
         )
         rows = [row[width:].tolist() for row in out]
-        return [row[: row.index(IM_END_ID)] if IM_END_ID in row else row for row in rows]
+        return rows if ignore_eos else [_until_end(row) for row in rows]
+
+
+def _until_end(row: list[int]) -> list[int]:
+    ends = [i for i, token in enumerate(row) if token in END_IDS]
+    return row[: ends[0]] if ends else row

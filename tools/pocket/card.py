@@ -47,7 +47,7 @@ def bits_table(evaluation: dict[str, Any]) -> str:
 
 def goals_table(evaluation: dict[str, Any]) -> str:
     """Return every goal with what was measured."""
-    text = evaluation["text"]
+    text, shipped = evaluation["text"], evaluation["text_as_shipped"]
     gap = evaluation["baselines"]["all"]["kneser_ney_5"] - evaluation["bits_per_byte"]["all"]
     unseen = [v for k, v in evaluation["tools"].items() if k.endswith("unseen_values")]
     right = sum(cell["right_arguments"] for cell in unseen) / len(unseen)
@@ -68,7 +68,10 @@ def goals_table(evaluation: dict[str, Any]) -> str:
     lines.append(
         f"\nGreedy with repetition penalty {penalty}: {text['greedy_loops_with_penalty']} loops. "
         f"Distinct 4-grams within a sample: {text['distinct_4_grams_within']:.1%}. "
-        f"Mean length of a sample: {text['mean_tokens']:.0f} tokens."
+        f"Stopping at the end of text, as shipped: {shipped['mean_tokens']:.0f} tokens on average, "
+        f"{shipped['greedy_loops']} greedy loops ({shipped['greedy_loops_with_penalty']} with the "
+        f"penalty), {shipped['distinct_4_grams']:.1%} distinct 4-grams, "
+        f"{shipped['known_words']:.1%} known words."
     )
     return "\n".join(lines)
 
@@ -131,7 +134,8 @@ def main() -> None:
         "batches of three kinds (see `tools/pocket/README.md`).\n",
         "![training loss](loss_curve.png)\n",
         "## Goals\n",
-        f"Fifty prompts of held-out prose, 128 tokens each, at the shipped settings ({shipped}).\n",
+        f"Fifty prompts of held-out prose, 128 tokens each even where the text ended earlier, at "
+        f"the shipped settings ({shipped}).\n",
         goals_table(evaluation),
         "\n## Held-out bits per byte\n",
         "xz after reading the training text: "

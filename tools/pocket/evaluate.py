@@ -23,7 +23,7 @@ from . import tool_calls
 from .backend import Backend, TransformersBackend
 from .model import GENERATION, RouterBalance
 from .template import ASSETS, render
-from .tokenizer import BOS_ID, strange_pieces
+from .tokenizer import BOS_ID, EOT_ID, strange_pieces
 from .values import Values
 
 WINDOW, CONTEXT = 255, 64
@@ -31,6 +31,7 @@ PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 50, 16, 128
 LOOP_WINDOW, LOOP_TIMES = 16, 3
 CALLS_PER_CELL = 100
 CALL_TOKENS = 80
+LOAD_TOKENS = 20_000
 GREEDY: dict[str, Any] = {"do_sample": False}
 SAMPLE_QUESTIONS = (
     "Hello!",
@@ -56,6 +57,12 @@ def windows(ids: list[int]) -> list[tuple[list[int], int]]:
     return rows
 
 
+def unit_ids(tokenizer: Tokenizer, texts: list[str]) -> list[int]:
+    """Return the tokens of units, each closed by the end-of-text token, as in training."""
+    encoded = tokenizer.encode_batch(texts, add_special_tokens=False)
+    return [token for e in encoded for token in (*e.ids, EOT_ID)]
+
+
 def bits_per_byte(
     backend: Backend, tokenizer: Tokenizer, held: dict[str, list[str]]
 ) -> dict[str, float]:
@@ -63,26 +70,29 @@ def bits_per_byte(
     bits: dict[str, float] = {}
     size: dict[str, int] = {}
     for source, texts in held.items():
-        text = "\n".join(texts) + "\n"
-        rows = windows(tokenizer.encode(text, add_special_tokens=False).ids)
+        rows = windows(unit_ids(tokenizer, texts))
         scored = backend.log_probs([row for row, _ in rows])
         nats = sum(sum(s[-count:]) for s, (_, count) in zip(scored, rows, strict=True))
         bits[source] = -nats / math.log(2)
-        size[source] = len(text.encode())
+        # the end-of-text token stands for the newline that closes a unit for the baselines
+        size[source] = sum(len(text.encode()) + 1 for text in texts)
     result = {source: bits[source] / size[source] for source in held}
     return {**result, "all": sum(bits.values()) / sum(size.values())}
 
 
 def prose_prompts(tokenizer: Tokenizer, held: dict[str, list[str]], seed: int) -> list[list[int]]:
-    """Return the beginnings of held-out units, evenly from each source."""
+    """Return the beginnings of held-out units, evenly from each source, cut before a word."""
     rng = random.Random(seed)
     pools = [rng.sample(texts, min(len(texts), PROMPTS)) for texts in held.values()]
     prompts: list[list[int]] = []
     for turn in range(PROMPTS):
         for pool in pools:
             if turn < len(pool) and len(prompts) < PROMPTS:
-                ids = tokenizer.encode(pool[turn], add_special_tokens=False).ids
-                prompts.append([BOS_ID, *ids[: min(PROMPT_TOKENS, max(4, len(ids) // 2))]])
+                encoded = tokenizer.encode(pool[turn], add_special_tokens=False)
+                end = min(PROMPT_TOKENS, max(4, len(encoded.ids) // 2))
+                while end > 1 and not encoded.tokens[end].startswith("\u0120"):
+                    end -= 1
+                prompts.append([BOS_ID, *encoded.ids[:end]])
     return prompts
 
 
@@ -99,19 +109,34 @@ def loops(ids: list[int]) -> bool:
 
 
 def text_quality(
-    backend: Backend, tokenizer: Tokenizer, prompts: list[list[int]], known: set[str]
+    backend: Backend,
+    tokenizer: Tokenizer,
+    prompts: list[list[int]],
+    known: set[str],
+    ignore_eos: bool,
 ) -> dict[str, Any]:
-    """Return the variety of sampled text, the share of real words, and the greedy loops."""
+    """Return the variety of sampled text, the share of real words, and the greedy loops.
+
+    Args:
+        backend: the model.
+        tokenizer: its tokenizer.
+        prompts: begin token and the start of a text.
+        known: the words that count as real.
+        ignore_eos: write all 128 tokens, past the end of the text.
+    """
     torch.manual_seed(0)
-    sampled = backend.generate(prompts, NEW_TOKENS, GENERATION)
+    sampled = backend.generate(prompts, NEW_TOKENS, GENERATION, ignore_eos)
     grams = [list(zip(*(ids[i:] for i in range(4)), strict=False)) for ids in sampled]
     pooled = [g for row in grams for g in row]
-    texts = [tokenizer.decode(ids) for ids in sampled]
-    words = words_of(texts)
+    words = Counter[str]()
+    for ids in sampled:
+        text = tokenizer.decode(ids, skip_special_tokens=False).replace("<|endoftext|>", "\n")
+        # the token limit may cut the last word
+        words += words_of([text if len(ids) < NEW_TOKENS else text.rpartition(" ")[0]])
     real = sum(n for w, n in words.items() if w in known)
-    greedy = backend.generate(prompts, NEW_TOKENS, GREEDY)
+    greedy = backend.generate(prompts, NEW_TOKENS, GREEDY, ignore_eos)
     penalty = {**GREEDY, "repetition_penalty": GENERATION["repetition_penalty"]}
-    penalised = backend.generate(prompts, NEW_TOKENS, penalty)
+    penalised = backend.generate(prompts, NEW_TOKENS, penalty, ignore_eos)
     return {
         "prompts": len(prompts),
         "mean_tokens": sum(map(len, sampled)) / len(sampled),
@@ -192,8 +217,7 @@ def expert_loads(
     """Return each expert's load on held-out text as a share of its fair share, by MoE layer."""
     balance = RouterBalance(backend.model)
     for texts in held.values():
-        text = "\n".join(texts)[:60_000]
-        rows = windows(tokenizer.encode(text, add_special_tokens=False).ids)
+        rows = windows(unit_ids(tokenizer, texts)[:LOAD_TOKENS])
         backend.log_probs([row for row, _ in rows if len(row) == WINDOW + 1])
     shares = balance.loads / balance.loads.mean(dim=1, keepdim=True)
     return [[round(float(x), 3) for x in layer] for layer in shares]
@@ -216,7 +240,9 @@ def main() -> None:
     result["baselines"] = json.loads((args.work / "baselines.json").read_text("utf-8"))
     result["tools"] = tool_accuracy(backend, tokenizer, values, 99)
     prompts = prose_prompts(tokenizer, held, 7)
-    result["text"] = text_quality(backend, tokenizer, prompts, set(words_of(train)))
+    known = set(words_of(train))
+    result["text"] = text_quality(backend, tokenizer, prompts, known, ignore_eos=True)
+    result["text_as_shipped"] = text_quality(backend, tokenizer, prompts, known, ignore_eos=False)
     result["samples"] = samples(backend, tokenizer, values, prompts)
     result["expert_loads"] = expert_loads(backend, tokenizer, held)
     out = json.dumps(result, indent=1, ensure_ascii=False) + "\n"

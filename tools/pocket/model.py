@@ -17,7 +17,7 @@ from transformers.models.lfm2_moe.modeling_lfm2_moe import (
     Lfm2MoeSparseMoeBlock,
 )
 
-from .tokenizer import BOS_ID, IM_END_ID, PAD_ID, VOCAB_SIZE
+from .tokenizer import BOS_ID, EOT_ID, IM_END_ID, PAD_ID, VOCAB_SIZE
 
 BIAS_STEP = 2e-3
 # experts' token counts are padded to this multiple while training, see _padded_experts
@@ -169,6 +169,8 @@ def export(model: Lfm2MoeForCausalLM, folder: Path) -> None:
     saved["dtype"] = "bfloat16"
     saved.pop("transformers_version", None)
     (folder / "config.json").write_text(json.dumps(saved, indent=2, sort_keys=True) + "\n", "utf-8")
-    ids = {"bos_token_id": BOS_ID, "eos_token_id": IM_END_ID, "pad_token_id": PAD_ID}
+    # a dialogue ends its turn, prose its unit
+    ends = [IM_END_ID, EOT_ID]
+    ids = {"bos_token_id": BOS_ID, "eos_token_id": ends, "pad_token_id": PAD_ID}
     generation = json.dumps({**ids, **GENERATION}, indent=2)
     (folder / "generation_config.json").write_text(generation + "\n", "utf-8")

@@ -92,7 +92,7 @@ def prose_rows(
 ) -> Iterator[list[int]]:
     """Yield rows of prose, each of one source, each starting with the begin-of-text token.
 
-    Units follow each other in random order, each closed by the end-of-text token; a long unit is cut.
+    Units follow each other in random order, each closed by the end-of-text token.
     """
     by_source: dict[str, list[str]] = {}
     for source, text in units:
