@@ -132,6 +132,20 @@ def test_a_box_recovers(monkeypatch: pytest.MonkeyPatch) -> None:
     assert second.returncode is not None
 
 
+def test_an_interrupted_answer_is_not_the_next_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    renderer = box.BoxedRenderer("{{ x }}")
+    assert renderer.render({"x": "first"}, 100) == "first"
+    with monkeypatch.context() as patch:
+        patch.setattr(box, "_receive", _interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            renderer.render({"x": "second"}, 100)
+    assert renderer.render({"x": "third"}, 100) == "third"
+
+
+def _interrupted(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
 def test_a_box_can_open_and_write_nothing() -> None:
     renderer = box.BoxedRenderer("{{ x }}")
     renderer.render({"x": 1}, 10)
