@@ -69,13 +69,15 @@ def test_memory_table(name: str, cells: str) -> None:
     needed = weights + sum(state.values()) + activation_bytes(config, engine, torch.bfloat16)
     layers = config.layer_types.count("full_attention")
     kv = 1000 * layers * 2 * config.num_key_value_heads * config.head_dim * 2
-    assert cells.split(" | ") == [
+    *exact, stated = cells.split(" | ")
+    assert exact == [
         f"{config.num_parameters:,}",
         f"{context:,}",
         f"{weights / 1e9:.1f} GB",
         f"{kv / 1e6:.1f} MB",
-        f"{needed / 1e9:.1f} GB",
     ]
+    # rounded up to the next half, a little early: small buffers come and go
+    assert 0 <= float(stated.removesuffix(" GB")) - needed / 1e9 < 0.75
 
 
 def test_links_lead_somewhere() -> None:
