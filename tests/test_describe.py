@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from checkpoints import build, edit_config
-from lfm2_gpu.errors import ModelFileError
 from lfm2_gpu.describe import describe, inspect_checkpoint
+from lfm2_gpu.errors import ModelFileError
 from lfm2_gpu.loader import load_model
 from support import python_lines
 
