@@ -1,7 +1,9 @@
-"""Random traffic over random engine sizes, for as many seeds as asked: ``make soak`` runs many.
+"""The long tests at full size: ``make soak`` runs them, the test suite a small share of each.
 
-Each seed draws the sizes of an engine, how many steps are in flight, and a stream of requests and
-aborts, and checks every plan and every text against an oracle (``engine/test_scheduler.py``).
+Scheduler: each seed draws the sizes of an engine, how many steps are in flight, and a stream of
+requests and aborts, and checks every plan and every text against an oracle
+(``engine/test_scheduler.py``). Streaming: all 47.7 GB of a sparse checkpoint of the 24B shape pass
+through the loader into nothing, and the process's memory is watched (``test_loader.py``).
 
     PYTHONPATH=.:kernels python tests/soak.py [--seeds 5000] [--first 0] [--out docs/soak]
 """
@@ -12,13 +14,16 @@ import argparse
 import json
 import random
 import sys
+import tempfile
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 TESTS = Path(__file__).resolve().parent
 sys.path[:0] = [str(TESTS), str(TESTS / "engine")]
 
+from test_loader import stream_24b  # noqa: E402
 from test_scheduler import Simulation, check_output, make_config, make_request  # noqa: E402
 
 from lfm2_gpu.api import FinishReason  # noqa: E402
@@ -58,34 +63,50 @@ def soak_scheduler(seed: int) -> Counter[str]:
     )
 
 
-def main() -> int:
-    """Run the seeds, print and write what came of them."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", type=int, default=5000)
-    parser.add_argument("--first", type=int, default=0)
-    parser.add_argument("--out", type=Path, help="folder for scheduler.json")
-    options = parser.parse_args()
+def run_scheduler(first: int, seeds: int) -> dict[str, Any]:
+    """All seeds; those that failed are listed and shown."""
     totals: Counter[str] = Counter()
-    failures, started = [], time.monotonic()
-    for seed in range(options.first, options.first + options.seeds):
+    failures = []
+    for seed in range(first, first + seeds):
         try:
             totals += soak_scheduler(seed)
         except AssertionError as error:
             failures.append(seed)
             sys.stderr.write(f"seed {seed}: {error}\n")
-    result = {
-        "first_seed": options.first,
-        "seeds": options.seeds,
-        "failed_seeds": failures,
-        **totals,
-        "seconds": round(time.monotonic() - started, 1),
-        "machine": machine(TESTS.parent),
-    }
-    sys.stdout.write(json.dumps(result, indent=1) + "\n")
-    if options.out is not None:
-        options.out.mkdir(parents=True, exist_ok=True)
-        (options.out / "scheduler.json").write_text(json.dumps(result, indent=1) + "\n")
-    return 1 if failures else 0
+    return {"first_seed": first, "seeds": seeds, "failures": failures, **totals}
+
+
+def run_streaming() -> dict[str, Any]:
+    """The whole 24B, every page touched; the promise is 1 GB above the mapped file."""
+    with tempfile.TemporaryDirectory() as folder:
+        streamed, peak = stream_24b(Path(folder), 1.0)
+    failures = [] if peak < 10**9 else [f"the process grew by {peak} bytes"]
+    return {"streamed_bytes": streamed, "peak_growth_bytes": peak, "failures": failures}
+
+
+def main() -> int:
+    """Run everything, print and write what came of it."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, default=5000)
+    parser.add_argument("--first", type=int, default=0)
+    parser.add_argument("--out", type=Path, help="folder for one JSON file each")
+    options = parser.parse_args()
+    failed = False
+    for name, run in (
+        ("scheduler", lambda: run_scheduler(options.first, options.seeds)),
+        ("streaming", run_streaming),
+    ):
+        started = time.monotonic()
+        result = run()
+        result["seconds"] = round(time.monotonic() - started, 1)
+        result["machine"] = machine(TESTS.parent)
+        failed |= bool(result["failures"])
+        text = json.dumps(result, indent=1) + "\n"
+        sys.stdout.write(text)
+        if options.out is not None:
+            options.out.mkdir(parents=True, exist_ok=True)
+            (options.out / f"{name}.json").write_text(text)
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

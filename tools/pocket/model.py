@@ -23,7 +23,7 @@ BIAS_STEP = 2e-3
 # experts' token counts are padded to this multiple while training, see _padded_experts
 COUNT_MULTIPLE = 64
 # the sampling that the checkpoint ships with, chosen on prompts that the evaluation does not use
-GENERATION = {"do_sample": True, "temperature": 0.7, "min_p": 0.1, "repetition_penalty": 1.1}
+GENERATION = {"do_sample": True, "temperature": 0.7, "min_p": 0.15, "repetition_penalty": 1.15}
 
 
 def config() -> Lfm2MoeConfig:
