@@ -23,12 +23,12 @@ from typing import Any
 TESTS = Path(__file__).resolve().parent
 sys.path[:0] = [str(TESTS), str(TESTS / "engine")]
 
-from test_loader import stream_24b  # noqa: E402
 from test_scheduler import Simulation, check_output, make_config, make_request  # noqa: E402
 
 from lfm2_gpu.api import FinishReason  # noqa: E402
 from lfm2_gpu.bench.schema import machine  # noqa: E402
 from lfm2_gpu.engine.config import pages_for  # noqa: E402
+from test_loader import stream_24b  # noqa: E402
 
 
 def soak_scheduler(seed: int) -> Counter[str]:
