@@ -8,7 +8,7 @@ import os
 import torch
 
 from lfm2_gpu.config import ModelConfig
-from lfm2_gpu.engine.config import EngineConfig, pages_for
+from lfm2_gpu.engine.config import PAGE_SIZE, EngineConfig, pages_for
 from lfm2_gpu.engine.scheduler import PROMPT_LOGPROBS_CHUNK
 from lfm2_gpu.engine.state import state_bytes
 from lfm2_gpu.errors import CapacityError
@@ -71,25 +71,26 @@ def plan_engine(
         # a model without attention keeps no pages; it still counts positions in them
         room = (budget - working - sum(fixed.values())) // page if page else most.num_pages
         num_pages = min(most.num_pages, room - 1)
-        logger.info(
-            "memory: %s, activations %s, %d KV pages of %s",
-            ", ".join(f"{name} {_gib(size)}" for name, size in fixed.items()),
-            _gib(working),
-            num_pages,
-            _gib(page),
-        )
+        parts = {**fixed, "activations": working, "kv_pages": (num_pages + 1) * page}
+        logger.info("memory: %s", ", ".join(f"{k} {_size(v)}" for k, v in parts.items()))
         if num_pages < 1:
             raise CapacityError(
-                f"{_gib(budget)} are free and {_gib(budget - (room - 1) * page + page)} are needed "
+                f"{_size(budget)} are free and {_size(budget + (2 - room) * page)} are needed "
                 f"for max_num_seqs {max_num_seqs} and max_num_batched_tokens "
                 f"{max_num_batched_tokens}: lower one of them"
             )
     if num_pages < pages_for(max_model_len):
-        fits = num_pages * 64
+        fits = num_pages * PAGE_SIZE
         logger.warning(
             "max_model_len %d -> clamped to %d, what the KV pages hold", max_model_len, fits
         )
         max_model_len = fits
+    logger.info(
+        "KV cache size: %s tokens, maximum concurrency for %s tokens: %.2fx",
+        f"{num_pages * PAGE_SIZE:,}",
+        f"{max_model_len:,}",
+        num_pages / pages_for(max_model_len),
+    )
     return sized(num_pages, max_model_len)
 
 
@@ -109,5 +110,5 @@ def activation_bytes(model: ModelConfig, config: EngineConfig, dtype: torch.dtyp
     return hidden + rows * model.vocab_size * (dtype.itemsize + 4 + 1)
 
 
-def _gib(size: int) -> str:
-    return f"{size / 2**30:.3g} GiB"
+def _size(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
