@@ -1,4 +1,4 @@
-# Every target sets up .venv first (tools/setup_env.py; at once when nothing changed).
+# Targets that run anything set up .venv first (tools/setup_env.py; at once when nothing changed).
 #   PYTHON=python3.12      the interpreter that .venv is made from
 #   TORCH_INDEX_URL=URL    where torch comes from, for a smaller CPU build
 #   WORKERS=2              test processes

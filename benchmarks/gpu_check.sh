@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# GPU tests and quick benches in under 9 minutes, from a bare checkout with nothing installed but
-# torch, triton and pytest. Writes DIR/gpu_check.{json,log} and plots.
+# GPU tests and quick benches in under 9 minutes, from a bare checkout: the package itself need not be
+# installed, its dependencies (with pytest) must be. Writes DIR/gpu_check.{json,log} and plots.
 #   benchmarks/gpu_check.sh [--out DIR] [--minutes 8.5] [--commit HASH] [--dry-run]
 set -uo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)

@@ -1,4 +1,4 @@
-"""What a caller hands in and gets back: sampling parameters, outputs, usage. Standard library only.
+"""What a caller hands in and gets back: sampling parameters and outputs. Standard library only.
 
 Names and defaults follow vLLM's Python API, with one difference: a sampling field left at ``None``
 takes the model's own default (checkpoint, else the vendor's table), not a neutral value.
@@ -23,7 +23,6 @@ __all__ = [
     "RequestOutput",
     "SamplingDefaults",
     "SamplingParams",
-    "Usage",
 ]
 
 MAX_CHOICES = 128
@@ -231,20 +230,6 @@ class RequestOutput:
     seed: int | None = None
     metrics: RequestMetrics | None = None
     error: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Usage:
-    """Token counts of one request, as the OpenAI API reports them."""
-
-    prompt_tokens: int
-    completion_tokens: int
-    cached_tokens: int = 0
-
-    @property
-    def total_tokens(self) -> int:
-        """Prompt and completion together."""
-        return self.prompt_tokens + self.completion_tokens
 
 
 def _refuse(name: str, value: object, wanted: str) -> NoReturn:

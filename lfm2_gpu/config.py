@@ -103,6 +103,12 @@ class ModelConfig:
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
         if heads % kv_heads:
             refuse("num_attention_heads", heads, f"a multiple of num_key_value_heads ({kv_heads})")
+        if self.num_attention_heads // self.num_key_value_heads > 8:
+            refuse(
+                "num_attention_heads",
+                self.num_attention_heads,
+                f"at most 8 for each of the {self.num_key_value_heads} num_key_value_heads",
+            )
         if self.head_dim % 2:
             refuse("head_dim", self.head_dim, "an even number, since RoPE turns pairs")
         if len(self.layer_types) != self.num_hidden_layers:

@@ -38,13 +38,13 @@ RANGES = {
     "num_hidden_layers": (1, 1024),
     "num_attention_heads": (1, 1024),
     "num_key_value_heads": (1, 1024),
-    "head_dim": (2, 256),
+    # head_dim, taps and experts: what the kernels have; more taps than 4 is LFM3's convolution
+    "head_dim": (16, 128),
     "intermediate_size": (1, 2**20),
-    # more taps than 4 is LFM3's convolution, which the kernels do not have
     "conv_L_cache": (2, 4),
     "max_position_embeddings": (1, 2**24),
-    "num_experts": (1, 4096),
-    "num_experts_per_tok": (1, 4096),
+    "num_experts": (1, 256),
+    "num_experts_per_tok": (1, 256),
     "moe_intermediate_size": (1, 2**20),
     "num_dense_layers": (0, 1024),
 }

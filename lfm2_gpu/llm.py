@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import random
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -19,7 +20,7 @@ from lfm2_gpu.devices import select_device
 from lfm2_gpu.engine.engine import Engine
 from lfm2_gpu.engine.memory import free_bytes, plan_engine
 from lfm2_gpu.engine.runner import Runner
-from lfm2_gpu.errors import EngineError, InvalidRequest
+from lfm2_gpu.errors import CapacityError, EngineError, InvalidRequest
 from lfm2_gpu.files import read_json
 from lfm2_gpu.formats.hub import resolve
 from lfm2_gpu.interrupts import uninterrupted
@@ -51,7 +52,8 @@ class LLM:
             context for the model.
         max_num_seqs: Choices that run at once. Default: 256 on a GPU, 32 on a CPU.
         max_num_batched_tokens: Tokens of one step. Default: 8,192 on a GPU, 512 on a CPU.
-        gpu_memory_utilization: Share of the free device memory to take.
+        gpu_memory_utilization: Share of the free device memory to take; on a CPU, of a quarter of
+            the free memory.
         num_gpu_blocks_override: KV pages of 64 tokens, instead of what fits.
         seed: Requests without a seed draw theirs from it, in order of arrival.
         revision: Of a hub id.
@@ -89,9 +91,16 @@ class LLM:
         if isinstance(seed, bool) or not isinstance(seed, int):
             raise InvalidRequest(f"seed is {seed!r}, want an integer", param="seed")
         target, message = select_device(device)
-        logger.info(message)
+        # a GPU was hoped for: that the CPU runs instead is not left to those who log everything
+        logger.log(
+            logging.WARNING if (device, target.type) == ("auto", "cpu") else logging.INFO, message
+        )
         on_gpu = target.type == "cuda"
         if model in assets.NAMES and not Path(model).exists():
+            if revision is not None:
+                raise InvalidRequest(
+                    f"revision is {revision!r}, want none: {model} is embedded", param="revision"
+                )
             folder = assets.path(model)
         else:
             folder = resolve(model, revision=revision)
@@ -101,12 +110,18 @@ class LLM:
         if not skip_tokenizer_init:
             self.tokenizer = Tokenizer.from_dir(folder)
             self._template = ChatTemplate.from_dir(folder, self.tokenizer, name=model)
-        loaded = load_model(
-            folder,
-            device=target,
-            dtype=_dtype(dtype, on_gpu),
-            max_model_len=max_model_len,
-        )
+        try:
+            loaded = load_model(
+                folder,
+                device=target,
+                dtype=_dtype(dtype, on_gpu),
+                max_model_len=max_model_len,
+                progress=sys.stderr.isatty(),
+            )
+        except torch.OutOfMemoryError as error:
+            raise CapacityError(f"the weights do not fit the device: {error}") from error
+        sizes = loaded.parameter_bytes().items()
+        logger.info("weights: %s", ", ".join(f"{k} {v / 2**20:,.1f} MiB" for k, v in sizes if v))
         config = loaded.config
         vocab_size = config.vocab_size
         unused_ids: tuple[int, ...] = ()
@@ -129,9 +144,14 @@ class LLM:
         defaults = sampling_defaults(
             config, model, read_json(generation) if generation.exists() else {}
         )
-        self.model_config = config
         self.default_sampling_params = SamplingParams().with_defaults(defaults)
-        self.engine = Engine(Runner(loaded, engine_config))
+        try:
+            self.engine = Engine(Runner(loaded, engine_config))
+        except torch.OutOfMemoryError as error:
+            raise CapacityError(
+                f"the state of {engine_config.num_pages} pages and {engine_config.max_num_seqs} "
+                f"slots does not fit the device: {error}"
+            ) from error
         self._defaults = defaults
         self._seeds = random.Random(seed)
         self._count = 0
@@ -216,8 +236,6 @@ class LLM:
         finally:
             self._drop(jobs)
 
-    # ---- prompts to tokens
-
     def _encode(self, prompt: Prompt) -> tuple[str | None, list[int]]:
         if isinstance(prompt, str):
             return prompt, self._need_tokenizer().encode(prompt, add_special_tokens=True)
@@ -269,8 +287,6 @@ class LLM:
                 param="sampling_params",
             )
         return [p.with_defaults(self._defaults) for p in params]
-
-    # ---- requests to outputs
 
     def _check(self, ids: Sequence[int], params: SamplingParams) -> None:
         if self.tokenizer is None and (params.stop or params.bad_words):
@@ -357,7 +373,11 @@ class LLM:
             raise EngineError("a request was lost: the engine has no work and its caller waits")
         finished: list[Job] = []
         with uninterrupted():
-            for request in self.engine.step():
+            try:
+                touched = self.engine.step()
+            except RuntimeError as error:
+                raise EngineError(f"the device failed in a step: {error}") from error
+            for request in touched:
                 job = self._jobs[id(request)]
                 if not job.output.finished:
                     job.advance(request, self.engine)

@@ -50,9 +50,6 @@ def install() -> None:
     triton.knobs.compilation.front_end_debugging = True
 
 
-# ---- numerics
-
-
 def _install_dtypes() -> None:
     slow = base._get_np_dtype
     names = {t.name: slow(t) for t in vars(tl).values() if type(t) is tl.dtype and t != tl.void}
@@ -203,9 +200,6 @@ def _pairwise_reduce(self: Any, inputs: tuple[Any, ...]) -> list[Any]:
     return [
         self.to_tensor(p if p.ndim else p.item(), d) for p, d in zip(parts, dtypes, strict=True)
     ]
-
-
-# ---- language
 
 
 def _install_language() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from lfm2_gpu.api import FinishReason, SamplingDefaults, SamplingParams, Usage
+from lfm2_gpu.api import FinishReason, SamplingDefaults, SamplingParams
 from lfm2_gpu.errors import InvalidRequest, Lfm2Error, MissingExtra
 
 NAN, INF = math.nan, math.inf
@@ -105,10 +105,6 @@ def test_defaults_fill_only_what_is_open() -> None:
 
 def test_finish_reason_prints_as_the_api_spells_it() -> None:
     assert f"{FinishReason.LENGTH}" == "length" == FinishReason.LENGTH
-
-
-def test_usage() -> None:
-    assert Usage(prompt_tokens=3, completion_tokens=4).total_tokens == 7
 
 
 def test_errors_have_one_base_and_their_standard_kind() -> None:

@@ -20,7 +20,7 @@ from support import ROOT
 # a wrapper may take these beside what its reference takes: memory to write to, a grid's bound
 LAUNCH = {"out", "workspace", "max_seq_len"}
 # used through the wrapper of another op, or by tests alone
-NO_WRAPPER = {"exponential_race", "philox"}
+NO_WRAPPER = {"exponential_race"}
 
 
 def modules(package: ModuleType) -> Iterator[ModuleType]:

@@ -171,9 +171,9 @@ def test_transformers_loads_it(tokenizer: Tokenizer) -> None:
     transformers = pytest.importorskip("transformers", minversion="5.0")
     model = transformers.Lfm2MoeForCausalLM.from_pretrained(POCKET, dtype=torch.float32)
     model.eval()
-    text = "In the beginning God created the heaven and the earth."
+    text = "And the LORD spake unto Moses, saying, Speak unto the children of Israel"
     ids = torch.tensor([tokenizer.encode(text).ids])
     with torch.inference_mode():
         loss = model(ids, labels=ids).loss
-    # a model that learned nothing is at ln 4096 = 8.3
-    assert float(loss) < 4.0
+    # a model that learned nothing is at ln 4096 = 8.3, the shipped one near 1.6
+    assert float(loss) < 2.0

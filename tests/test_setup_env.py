@@ -92,7 +92,9 @@ def test_pip_failure_shows_pips_own_words(
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
 def test_make_finds_the_checkout_from_any_folder(tmp_path: Path) -> None:
-    command = ["make", "-f", str(ROOT / "Makefile"), "--dry-run", "test"]
+    # a make around this one would add its own lines
+    quiet = "--no-print-directory"
+    command = ["make", quiet, "-f", str(ROOT / "Makefile"), "--dry-run", "test"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert f'"{ROOT}/tools/setup_env.py"' in done.stdout

@@ -39,7 +39,6 @@ SPECIAL_TOKENS = [
     "<|tool_response_start|>",
     "<|tool_response_end|>",
 ]
-MIN_VOCAB_SIZE = len(SPECIAL_TOKENS) + 256
 PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"

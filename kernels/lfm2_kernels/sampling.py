@@ -151,7 +151,7 @@ def _find_floor_kernel(
 
 @triton.jit
 def _log_exponential(ids, position, choice, seed):
-    """``log E``, E ~ Exp(1), of each id; see ``reference.exponential_race``."""
+    """``log E``, E ~ Exp(1), of each id; see ``_philox.exponential_race``."""
     bits, _, _, _ = tl.philox(seed, ids, position, choice, 0)
     u = (bits.to(tl.float32) + 1.0) * 2.0**-32
     series = u + u * u * (0.5 + u * (1.0 / 3.0))

@@ -1,1 +1,1 @@
-"""Measuring: what kernels take from a GPU, and later how long they run."""
+"""Measuring: what kernels take from a GPU, how long they run, and how far that is from the roof."""

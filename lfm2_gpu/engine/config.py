@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from lfm2_gpu.errors import InvalidRequest
 
-__all__ = ["EngineConfig"]
+__all__ = ["PAGE_SIZE", "EngineConfig", "pages_for"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lfm2_gpu.api import FinishReason, RequestMetrics, SamplingParams
 from lfm2_gpu.engine.config import EngineConfig
@@ -78,7 +78,8 @@ class Engine:
                 request_id=request_id,
                 index=index,
                 prompt=list(prompt),
-                params=params,
+                # the prompt is the same for all: one choice reports it
+                params=params if index == 0 else replace(params, prompt_logprobs=None),
                 seed=_signed_64(seed),
                 limit=limit,
                 stop_ids=stop_ids,

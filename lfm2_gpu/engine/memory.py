@@ -22,10 +22,10 @@ CPU_SHARE = 0.25
 
 
 def free_bytes(device: torch.device, utilization: float) -> int:
-    """Bytes of ``device`` that an engine may still take."""
+    """The share ``utilization`` of the device memory that is free, or of a CPU_SHARE of a CPU's."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0] * utilization)
-    return int(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * CPU_SHARE)
+    return int(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * CPU_SHARE * utilization)
 
 
 def plan_engine(

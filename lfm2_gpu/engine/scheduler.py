@@ -46,8 +46,6 @@ class Scheduler:
         self._logprobs_room = 0
         self.num_preemptions = 0
 
-    # ---- requests come and go
-
     def add(self, request: Request) -> None:
         """Queue a request. It must fit: ``limit <= max_model_len`` and a non-empty prompt."""
         assert 0 < len(request.prompt) < request.limit <= self.config.max_model_len
@@ -69,8 +67,6 @@ class Scheduler:
     def has_work(self) -> bool:
         """Whether a request waits, runs, or has a token in flight."""
         return bool(self.waiting or self.running or self._leaving)
-
-    # ---- planning
 
     def schedule(self) -> Plan | None:
         """The next step, or ``None`` when no request can run now."""
@@ -209,8 +205,6 @@ class Scheduler:
             max_seq_len=int(ends.max()),
         )
 
-    # ---- committing
-
     def commit(self, plan: Plan, tokens: np.ndarray) -> list[Request]:
         """Take the tokens of a finished step, one per sampling row in row order.
 
@@ -284,8 +278,6 @@ class Scheduler:
         if not self._end_if_done(request, token, request.num_tokens):
             self._requeue(request)
         return [request]
-
-    # ---- leaving a slot
 
     def _youngest(self) -> Request:
         slot = max(self.running, key=lambda s: self.table.serial[s])

@@ -7,6 +7,8 @@ import logging
 import pytest
 import torch
 
+import lfm2_kernels as ops
+from lfm2_gpu.engine.config import PAGE_SIZE
 from lfm2_gpu.engine.memory import activation_bytes, plan_engine
 from lfm2_gpu.engine.state import DeviceState, state_bytes
 from lfm2_gpu.errors import CapacityError
@@ -30,6 +32,10 @@ def test_the_plan_counts_what_the_state_takes() -> None:
     assert sum(t.nbytes for t in state.pools.conv_state) == planned["conv_state"]
     assert state.page_table.nbytes == planned["page_table"]
     assert state.seen.nbytes == planned["penalty_masks"]
+
+
+def test_host_and_kernels_agree_on_the_page() -> None:
+    assert PAGE_SIZE == ops.PAGE_SIZE
 
 
 def test_all_requests_fit_where_there_is_room(caplog: pytest.LogCaptureFixture) -> None:

@@ -28,7 +28,7 @@ DENSE = ModelConfig(
     layer_types=("conv", "full_attention", "conv"),
     num_attention_heads=3,
     num_key_value_heads=1,
-    head_dim=4,
+    head_dim=16,
     intermediate_size=10,
 )
 MOE = replace(
@@ -130,7 +130,7 @@ def test_parameter_bytes() -> None:
     assert total["experts"] == 2 * 2 * 4 * 3 * 6 * 12
     # the gate in bf16, the bias in fp32, of two layers
     assert total["router"] == 2 * (2 * 4 * 12 + 4 * 4)
-    assert total["norms"] == 2 * (7 * 12 + 2 * 4)
+    assert total["norms"] == 2 * (7 * 12 + 2 * 16)
     assert sum(total.values()) == 2 * MOE.num_parameters + 2 * 2 * 4
 
 

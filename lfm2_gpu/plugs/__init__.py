@@ -1,0 +1,1 @@
+"""Room for adapters to other servers, each one small file."""

@@ -1,0 +1,1 @@
+"""Room for the HTTP server: it will take an engine as an argument and import no torch."""
