@@ -9,6 +9,7 @@ from pathlib import Path
 from lfm2_gpu import assets
 from lfm2_gpu.config import ModelConfig
 from lfm2_gpu.formats import open_checkpoint
+from lfm2_gpu.formats.base import Checkpoint
 from lfm2_gpu.formats.hub import resolve
 from lfm2_gpu.model.weights import CLASSES, fit_ff_size, place_tensors
 
@@ -44,7 +45,13 @@ def inspect_checkpoint(path_or_id: str) -> CheckpointReport:
     """
     embedded = path_or_id in assets.NAMES and not Path(path_or_id).exists()
     checkpoint = open_checkpoint(assets.path(path_or_id) if embedded else resolve(path_or_id))
-    checkpoint.close()
+    try:
+        return _report(checkpoint)
+    finally:
+        checkpoint.close()
+
+
+def _report(checkpoint: Checkpoint) -> CheckpointReport:
     tensors = {name: (info.dtype, info.shape) for name, info in checkpoint.tensors.items()}
     config = ModelConfig.from_dict(
         checkpoint.config,
@@ -52,6 +59,11 @@ def inspect_checkpoint(path_or_id: str) -> CheckpointReport:
         source=str(checkpoint.path / "config.json"),
     )
     config = fit_ff_size(config, {name: shape for name, (_, shape) in tensors.items()})
+    if config.tie_word_embeddings and "lm_head.weight" in tensors:
+        # which head is used is in the values: only here torch is needed
+        from lfm2_gpu.loader import settle_head
+
+        config = settle_head(config, checkpoint)
     parameters, sizes = dict.fromkeys(CLASSES, 0), dict.fromkeys(CLASSES, 0)
     dtypes: Counter[str] = Counter()
     for name, place in place_tensors(config, tensors, str(checkpoint.path)).items():

@@ -54,7 +54,7 @@ def load_model(
     checkpoint = open_checkpoint(resolve(path_or_id, revision=revision))
     try:
         config = read_config(checkpoint)
-        config = _settle_head(config, checkpoint)
+        config = settle_head(config, checkpoint)
         placements = place_tensors(config, _names_and_shapes(checkpoint), str(checkpoint.path))
         model = Lfm2Model(config, dtype or _DTYPES[config.dtype], device, max_model_len)
         parameters = dict(model.named_parameters())
@@ -139,7 +139,7 @@ def random_model(
     return model
 
 
-def _settle_head(config: ModelConfig, checkpoint: Checkpoint) -> ModelConfig:
+def settle_head(config: ModelConfig, checkpoint: Checkpoint) -> ModelConfig:
     """Untie a head that the config ties but the checkpoint stores with other values.
 
     So does transformers. Equal values are a copy, and stay tied.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from checkpoints import build, edit_config
 from lfm2_gpu.describe import describe, inspect_checkpoint
@@ -26,6 +27,18 @@ def test_figures_are_the_loaded_models(moe: Path) -> None:
     assert report.config == model.config
     assert report.dtypes == {"F32": 4 * model.config.num_parameters}
     assert report.files == {file.name: file.stat().st_size for file in moe.glob("*.safetensors")}
+
+
+def test_a_head_of_its_own_is_counted_though_the_config_ties_it(tmp_path: Path) -> None:
+    folder = build(tmp_path, 0)
+    tensors = load_file(folder / "model.safetensors")
+    save_file(
+        {**tensors, "lm_head.weight": -tensors["model.embed_tokens.weight"]},
+        folder / "model.safetensors",
+    )
+    report, model = inspect_checkpoint(str(folder)), load_model(folder, device="cpu")
+    assert not report.config.tie_word_embeddings
+    assert report.bytes == model.parameter_bytes()
 
 
 def test_text(moe: Path) -> None:

@@ -32,7 +32,7 @@ ALLOWED: dict[str, set[str]] = {
     "formats": BASE | {"config", "files", "lfm2_kernels.packing"},
     "model": BASE | {"lfm2_kernels", "config"},
     "loader": BASE | {"formats", "model", "config"},
-    "describe": BASE | {"formats", "model.weights", "config", "assets"},
+    "describe": BASE | {"loader", "formats", "model.weights", "config", "assets"},
     "detokenizer": BASE,
     "tokenizer_file": BASE | {"files"},
     "tokenizer": BASE | {"api", "detokenizer", "tokenizer_file"},
