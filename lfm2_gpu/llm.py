@@ -147,7 +147,8 @@ class LLM:
         self.default_sampling_params = SamplingParams().with_defaults(defaults)
         try:
             self.engine = Engine(Runner(loaded, engine_config))
-        except torch.OutOfMemoryError as error:
+        # a CPU out of memory has no error of its own
+        except RuntimeError as error:
             raise CapacityError(
                 f"the state of {engine_config.num_pages} pages and {engine_config.max_num_seqs} "
                 f"slots does not fit the device: {error}"

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from lfm2_gpu.api import FinishReason, RequestOutput, SamplingParams
-from lfm2_gpu.errors import InvalidRequest, ModelFileError
+from lfm2_gpu.errors import CapacityError, InvalidRequest, ModelFileError
 from lfm2_gpu.llm import LLM
 from tiny_tokenizer import save_tiny_tokenizer
 
@@ -324,6 +324,11 @@ def test_what_does_not_fit_is_clamped_aloud(folder: Path, caplog: pytest.LogCapt
         llm = LLM(str(folder), device="cpu", max_model_len=4096, num_gpu_blocks_override=5)
     assert "max_model_len 4096 -> clamped to 320" in caplog.text
     assert llm.engine.config.max_model_len == 320
+
+
+def test_more_pages_than_memory_is_an_error_with_the_number(folder: Path) -> None:
+    with pytest.raises(CapacityError, match="the state of 1000000000 pages"):
+        LLM(str(folder), device="cpu", num_gpu_blocks_override=10**9)
 
 
 @pytest.mark.parametrize(
