@@ -6,11 +6,10 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from lfm2_gpu import assets
 from lfm2_gpu.config import ModelConfig
 from lfm2_gpu.formats import open_checkpoint
 from lfm2_gpu.formats.base import Checkpoint
-from lfm2_gpu.formats.hub import resolve
+from lfm2_gpu.locate import locate
 from lfm2_gpu.model.weights import CLASSES, fit_ff_size, place_tensors
 
 __all__ = ["CheckpointReport", "describe", "inspect_checkpoint"]
@@ -43,8 +42,7 @@ def inspect_checkpoint(path_or_id: str) -> CheckpointReport:
     Raises:
         ModelFileError: As ``loader.load_model``: what can be described can be loaded.
     """
-    embedded = path_or_id in assets.NAMES and not Path(path_or_id).exists()
-    checkpoint = open_checkpoint(assets.path(path_or_id) if embedded else resolve(path_or_id))
+    checkpoint = open_checkpoint(locate(path_or_id))
     try:
         return _report(checkpoint)
     finally:

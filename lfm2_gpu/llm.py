@@ -7,25 +7,22 @@ import os
 import random
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
 
-from lfm2_gpu import assets
 from lfm2_gpu.api import RequestOutput, SamplingParams
 from lfm2_gpu.chat import ChatTemplate
-from lfm2_gpu.config import ModelConfig
 from lfm2_gpu.devices import select_device
 from lfm2_gpu.engine.engine import Engine
 from lfm2_gpu.engine.memory import free_bytes, plan_engine
 from lfm2_gpu.engine.runner import Runner
 from lfm2_gpu.errors import CapacityError, EngineError, InvalidRequest
 from lfm2_gpu.files import read_json
-from lfm2_gpu.formats.hub import resolve
 from lfm2_gpu.interrupts import uninterrupted
 from lfm2_gpu.jobs import Job, Progress
-from lfm2_gpu.loader import load_model
+from lfm2_gpu.loader import DTYPES, load_model
+from lfm2_gpu.locate import locate
 from lfm2_gpu.output import ChoiceBuilder, bad_word_ids
 from lfm2_gpu.tokenizer import Tokenizer
 from lfm2_gpu.vendor import sampling_defaults
@@ -36,8 +33,6 @@ logger = logging.getLogger(__name__)
 
 Prompt: TypeAlias = "str | Mapping[str, Any]"
 Messages: TypeAlias = "Sequence[Mapping[str, Any]]"
-
-_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 class LLM:
@@ -96,15 +91,7 @@ class LLM:
             logging.WARNING if (device, target.type) == ("auto", "cpu") else logging.INFO, message
         )
         on_gpu = target.type == "cuda"
-        if model in assets.NAMES and not Path(model).exists():
-            if revision is not None:
-                raise InvalidRequest(
-                    f"revision is {revision!r}, want none: {model} is embedded", param="revision"
-                )
-            folder = assets.path(model)
-        else:
-            folder = resolve(model, revision=revision)
-        _check_context(max_model_len, ModelConfig.from_file(folder))
+        folder = locate(model, revision=revision)
         self.tokenizer: Tokenizer | None = None
         self._template: ChatTemplate | None = None
         if not skip_tokenizer_init:
@@ -401,16 +388,6 @@ def _check_utilization(value: object) -> None:
         )
 
 
-def _check_context(max_model_len: int | None, config: ModelConfig) -> None:
-    most = config.max_position_embeddings
-    if max_model_len is not None and max_model_len > most:
-        raise InvalidRequest(
-            f"max_model_len is {max_model_len}, want at most {most}, "
-            "the max_position_embeddings of the checkpoint",
-            param="max_model_len",
-        )
-
-
 def _sequence(name: str, value: object) -> Sequence[Any]:
     if isinstance(value, (str, bytes)) or not isinstance(value, Sequence):
         raise InvalidRequest(f"{name} is {type(value).__name__}, want a list", param=name)
@@ -422,6 +399,6 @@ def _dtype(name: str, on_gpu: bool) -> torch.dtype | None:
     if name == "auto":
         # CPUs without bf16 units are slow in it, and fp32 is the more exact one
         return None if on_gpu else torch.float32
-    if name not in _DTYPES:
-        raise InvalidRequest(f"dtype is {name!r}, want auto, {', '.join(_DTYPES)}", param="dtype")
-    return _DTYPES[name]
+    if name not in DTYPES:
+        raise InvalidRequest(f"dtype is {name!r}, want auto, {', '.join(DTYPES)}", param="dtype")
+    return DTYPES[name]

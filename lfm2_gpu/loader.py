@@ -11,6 +11,7 @@ import torch
 from tqdm import tqdm
 
 from lfm2_gpu.config import ModelConfig
+from lfm2_gpu.errors import InvalidRequest
 from lfm2_gpu.formats import Checkpoint, open_checkpoint
 from lfm2_gpu.formats.hub import resolve
 from lfm2_gpu.model.lfm2 import Lfm2Model
@@ -24,7 +25,7 @@ Sink = Callable[[Placement, int, torch.Tensor], None]
 
 # mapped and copied at a time: bounds host memory, also where a conversion makes a copy
 _CHUNK_BYTES = 2**26
-_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 def load_model(
@@ -47,16 +48,24 @@ def load_model(
         progress: Show a bar on stderr.
 
     Raises:
-        InvalidRequest: ``revision`` was given with a path.
+        InvalidRequest: ``revision`` was given with a path, or ``max_model_len`` passes the
+            checkpoint's ``max_position_embeddings``.
         MissingExtra: A download is needed and huggingface_hub is not installed.
         ModelFileError: The checkpoint is missing, damaged, or not one that can be run.
     """
     checkpoint = open_checkpoint(resolve(path_or_id, revision=revision))
     try:
         config = read_config(checkpoint)
+        most = config.max_position_embeddings
+        if max_model_len is not None and max_model_len > most:
+            raise InvalidRequest(
+                f"max_model_len is {max_model_len}, want at most {most}, "
+                "the max_position_embeddings of the checkpoint",
+                param="max_model_len",
+            )
         config = settle_head(config, checkpoint)
         placements = place_tensors(config, _names_and_shapes(checkpoint), str(checkpoint.path))
-        model = Lfm2Model(config, dtype or _DTYPES[config.dtype], device, max_model_len)
+        model = Lfm2Model(config, dtype or DTYPES[config.dtype], device, max_model_len)
         parameters = dict(model.named_parameters())
 
         def sink(placement: Placement, start: int, rows: torch.Tensor) -> None:

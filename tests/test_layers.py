@@ -32,7 +32,7 @@ ALLOWED: dict[str, set[str]] = {
     "formats": BASE | {"config", "files", "lfm2_kernels.packing"},
     "model": BASE | {"lfm2_kernels", "config"},
     "loader": BASE | {"formats", "model", "config"},
-    "describe": BASE | {"loader", "formats", "model.weights", "config", "assets"},
+    "describe": BASE | {"loader", "locate", "formats", "model.weights", "config"},
     "detokenizer": BASE,
     "tokenizer_file": BASE | {"files"},
     "tokenizer": BASE | {"api", "detokenizer", "tokenizer_file"},
@@ -40,11 +40,12 @@ ALLOWED: dict[str, set[str]] = {
     "engine": BASE | {"model", "lfm2_kernels", "config", "api"},
     "server": BASE | {"api", "tokenizer", "chat", "engine.client"},
     "interrupts": set(),
+    "locate": BASE | {"assets", "formats.hub"},
     "output": {"api", "detokenizer", "tokenizer"},
     "jobs": {"api", "engine", "output", "tokenizer"},
     "llm": BASE
-    | {"engine", "loader", "formats.hub", "tokenizer", "chat", "api", "config"}
-    | {"devices", "assets", "files", "interrupts", "jobs", "output", "vendor"},
+    | {"engine", "loader", "locate", "tokenizer", "chat", "api"}
+    | {"devices", "files", "interrupts", "jobs", "output", "vendor"},
     "bench": BASE
     | {"llm", "engine", "server", "lfm2_kernels", "api", "config", "devices", "lfm2_gpu"},
     "plugs": BASE | {"llm", "engine", "server", "lfm2_kernels", "api"},

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from lfm2_gpu.api import FinishReason, RequestMetrics, SamplingParams
 from lfm2_gpu.engine.config import EngineConfig
@@ -17,25 +17,20 @@ from lfm2_gpu.engine.runner import Runner, StepResult
 from lfm2_gpu.engine.scheduler import Scheduler
 from lfm2_gpu.errors import InvalidRequest
 
-__all__ = ["Engine", "EngineStats"]
-
-
-@dataclass(slots=True)
-class EngineStats:
-    """Counts since the engine was made."""
-
-    num_steps: int = 0
-    prompt_tokens: int = 0
-    generation_tokens: int = 0
+__all__ = ["Engine"]
 
 
 class Engine:
-    """Runs requests over one model. Not thread-safe: one caller at a time."""
+    """Runs requests over one model. Not thread-safe: one caller at a time.
+
+    Attributes:
+        num_steps: Steps that were committed.
+    """
 
     def __init__(self, runner: Runner) -> None:
         self.config: EngineConfig = runner.config
         self.scheduler = Scheduler(runner.config)
-        self.stats = EngineStats()
+        self.num_steps = 0
         self._runner = runner
 
     @property
@@ -186,9 +181,7 @@ class Engine:
         for request in touched:
             if request.status is Status.FINISHED:
                 request.metrics.finished_time = now
-        self.stats.num_steps += 1
-        self.stats.generation_tokens += len(result.tokens)
-        self.stats.prompt_tokens += int((plan.token_ids >= 0).sum())
+        self.num_steps += 1
         return touched
 
 

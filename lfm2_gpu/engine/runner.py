@@ -54,6 +54,9 @@ class Runner:
         self._model = model
         self._mask_words = mask_words(model.config.vocab_size)
         self._real_ids = ~token_bits(config.unused_ids, self._mask_words)
+        self._real_mask = torch.from_numpy(self._real_ids[None].copy()).to(model.device)
+        # the mask of rows without one of their own; -1 is none
+        self._mask_row = 0 if config.unused_ids else -1
 
     @torch.inference_mode()
     def run(self, plan: Plan, table: SlotTable) -> StepResult:
@@ -157,9 +160,8 @@ class Runner:
         self, plan: Plan, sampling: np.ndarray, table: SlotTable
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Masks ``[M, W]`` of the constrained rows, and each sampling row's mask or -1."""
-        # the op wants a buffer even when no row points at it
         masks = [self._real_ids]
-        rows = np.full(len(sampling), 0 if self.config.unused_ids else -1, np.int32)
+        rows = np.full(len(sampling), self._mask_row, np.int32)
         for i, row in enumerate(sampling.tolist() if plan.requests else ()):
             request = plan.requests.get(row)
             if request is not None:
@@ -168,6 +170,10 @@ class Runner:
                     rows[i] = len(masks)
                     masks.append(mask & self._real_ids)
         device = self._model.device
+        if len(masks) == 1:
+            # nobody is constrained: what lies on the device will do
+            everyone = torch.full((len(rows),), self._mask_row, dtype=torch.int32, device=device)
+            return self._real_mask, everyone
         return torch.from_numpy(np.stack(masks)).to(device), torch.from_numpy(rows).to(device)
 
     def _add_logprobs(

@@ -20,7 +20,7 @@ def generate() -> tuple[list[list[int]], int]:
     many = prompts(3, seed=2, longest=24)
     requests = [engine.add(str(i), p, WANTED, seed=i)[0] for i, p in enumerate(many)]
     tiny.finish(engine)
-    return [r.output for r in requests], engine.stats.num_steps
+    return [r.output for r in requests], engine.num_steps
 
 
 def test_kernels_and_reference_generate_the_same_tokens(request: pytest.FixtureRequest) -> None:

@@ -45,7 +45,7 @@ def test_the_last_positions_of_32k_are_transformers(tmp_path: Path) -> None:
     prompt = [rng.randrange(64) for _ in range(LENGTH - 8)]
     (request,) = engine.add("a", prompt, params(prompt_logprobs=0, max_tokens=None), seed=0)
     finish(engine)
-    assert engine.stats.num_steps == LENGTH // CHUNK + 7
+    assert engine.num_steps == LENGTH // CHUNK + 7
     assert request.num_tokens == LENGTH
 
     tokens = torch.tensor([prompt + request.output])
